@@ -1,0 +1,35 @@
+//! Compiles the .proto files with a compiler written in Rust, so that no `protoc` is needed to build Flint.
+
+use std::{env, error::Error, fs, path::PathBuf};
+
+use protox::prost::Message as _;
+
+const CONTRACTS: [(&str, &[&str]); 3] = [
+    ("VMM", &["flint/vmm/v1/vmm.proto"]),
+    ("GUEST", &["flint/guest/v1/guest.proto"]),
+    (
+        "HOST",
+        &[
+            "flint/host/v1/host.proto",
+            "flint/host/v1/pods.proto",
+            "flint/host/v1/streams.proto",
+            "flint/host/v1/images.proto",
+        ],
+    ),
+];
+
+fn main() -> Result<(), Box<dyn Error>> {
+    println!("cargo:rerun-if-changed=proto");
+    let out = PathBuf::from(env::var("OUT_DIR")?);
+    for (feature, files) in CONTRACTS {
+        if env::var_os(format!("CARGO_FEATURE_{feature}")).is_none() {
+            continue;
+        }
+        let descriptors = protox::compile(files.iter().copied(), ["proto"])?;
+        fs::write(out.join(format!("{}.bin", feature.to_lowercase())), descriptors.encode_to_vec())?;
+        tonic_prost_build::configure()
+            .build_transport(false)
+            .compile_fds(descriptors)?;
+    }
+    Ok(())
+}
