@@ -16,6 +16,9 @@ pub mod host {
     pub const DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/host.bin"));
 }
 
+#[cfg(feature = "kubernetes")]
+pub mod kubernetes;
+
 /// Guest API, `flint.guest.v1`: what flint-init offers to flintd, as gRPC over vsock.
 #[cfg(feature = "guest")]
 pub mod guest {

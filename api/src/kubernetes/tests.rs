@@ -1,0 +1,181 @@
+//! The mapping against manifests as people write them.
+
+use super::*;
+use crate::host::{ImagePullPolicy, RestartPolicy};
+
+const SMALL: &str = "
+apiVersion: v1
+kind: Pod
+metadata: {name: hello}
+spec:
+  containers:
+  - {name: main, image: 'registry.test/busybox:1', command: [echo, hi]}
+";
+
+fn problems(yaml: &str) -> Vec<Problem> {
+    match pods_from_yaml(yaml) {
+        Err(ManifestError::Refused { problems, .. }) => problems,
+        other => panic!("expected a refusal, got {other:?}"),
+    }
+}
+
+fn paths(yaml: &str) -> Vec<String> {
+    problems(yaml).into_iter().map(|problem| problem.path).collect()
+}
+
+#[test]
+fn a_small_pod_gets_kubernetes_defaults() {
+    let pods = pods_from_yaml(SMALL).unwrap();
+
+    let pod = &pods[0];
+    assert_eq!((pod.meta.namespace.as_str(), pod.meta.name.as_str()), ("default", "hello"));
+    assert_eq!(pod.spec.restart_policy(), RestartPolicy::Always);
+    let container = &pod.spec.containers[0];
+    assert_eq!(container.command, ["echo", "hi"]);
+    assert_eq!(container.image_pull_policy(), ImagePullPolicy::PullIfNotPresent);
+    assert!(pod.notes.is_empty());
+}
+
+#[test]
+fn an_image_without_a_tag_or_latest_is_always_pulled() {
+    for (image, policy) in [
+        ("a", ImagePullPolicy::PullAlways),
+        ("host:5000/a", ImagePullPolicy::PullAlways),
+        ("a:latest", ImagePullPolicy::PullAlways),
+        ("a:1", ImagePullPolicy::PullIfNotPresent),
+        ("host:5000/a@sha256:00", ImagePullPolicy::PullIfNotPresent),
+    ] {
+        let pods = pods_from_yaml(&SMALL.replace("registry.test/busybox:1", image)).unwrap();
+        assert_eq!(pods[0].spec.containers[0].image_pull_policy(), policy, "{image}");
+    }
+}
+
+#[test]
+fn every_unsupported_field_is_refused_by_its_path() {
+    let yaml = "
+apiVersion: v1
+kind: Pod
+metadata: {name: hello}
+spec:
+  hostNetwork: true
+  initContainers: [{name: a, image: b}]
+  containers:
+  - name: main
+    image: a:1
+    livenessProbe: {httpGet: {port: 1}}
+    env: [{name: A, valueFrom: {fieldRef: {fieldPath: status.podIP}}}]
+    comand: [typo]
+  volumes:
+  - {name: data, hostPath: {path: /}}
+";
+    let problems = problems(yaml);
+
+    let paths: Vec<_> = problems.iter().map(|problem| problem.path.as_str()).collect();
+    for path in [
+        "spec.hostNetwork",
+        "spec.initContainers",
+        "spec.containers[0].livenessProbe",
+        "spec.containers[0].env[0].valueFrom",
+        "spec.containers[0].comand",
+        "spec.volumes[0].hostPath",
+    ] {
+        assert!(paths.contains(&path), "{path} not in {paths:?}");
+    }
+    assert_eq!(paths.len(), 6);
+    assert!(problems.iter().all(|problem| problem.kind == ProblemKind::Unsupported));
+}
+
+#[test]
+fn a_field_that_asks_for_nothing_counts_as_absent() {
+    let yaml = SMALL.replace("spec:", "status: {}\nspec:\n  hostNetwork: false\n  initContainers: []\n  hostname: null");
+
+    assert!(pods_from_yaml(&yaml).is_ok());
+}
+
+#[test]
+fn scheduling_fields_are_noted_not_dropped() {
+    let yaml = SMALL.replace("spec:", "spec:\n  nodeSelector: {disk: ssd}\n  tolerations: [{operator: Exists}]");
+
+    let pods = pods_from_yaml(&yaml).unwrap();
+
+    let noted: Vec<_> = pods[0].notes.iter().map(|note| note.path.as_str()).collect();
+    assert_eq!(noted, ["spec.nodeSelector", "spec.tolerations"]);
+}
+
+#[test]
+fn wrong_values_are_invalid_with_their_path() {
+    let yaml = "
+apiVersion: v1
+kind: Pod
+metadata: {name: Hello_World}
+spec:
+  restartPolicy: Sometimes
+  terminationGracePeriodSeconds: -1
+  containers:
+  - name: main
+    image: a:1
+    resources: {limits: {cpu: much}, requests: {memory: 2Gi}}
+    volumeMounts: [{name: nowhere, mountPath: relative}]
+  - name: main
+    image: a:1
+    resources: {limits: {memory: 1Gi}, requests: {memory: 2Gi}}
+";
+    let problems = problems(yaml);
+
+    assert!(problems.iter().all(|problem| problem.kind == ProblemKind::Invalid), "{problems:?}");
+    let paths: Vec<_> = problems.iter().map(|problem| problem.path.as_str()).collect();
+    for path in [
+        "metadata.name",
+        "spec.restartPolicy",
+        "spec.terminationGracePeriodSeconds",
+        "spec.containers[0].resources.limits.cpu",
+        "spec.containers[0].volumeMounts[0].mountPath",
+        "spec.containers[0].volumeMounts[0].name",
+        "spec.containers[1].name",
+        "spec.containers[1].resources.requests.memory",
+    ] {
+        assert!(paths.contains(&path), "{path} not in {paths:?}");
+    }
+}
+
+#[test]
+fn numbers_are_not_taken_for_text() {
+    let yaml = SMALL.replace("[echo, hi]", "[echo, 1]");
+
+    assert_eq!(paths(&yaml), ["spec.containers[0].command[1]"]);
+}
+
+#[test]
+fn a_limit_alone_is_also_the_request() {
+    let yaml = SMALL.replace("command: [echo, hi]", "resources: {limits: {cpu: 1500m, memory: 64Mi}}");
+
+    let pods = pods_from_yaml(&yaml).unwrap();
+
+    let resources = pods[0].spec.containers[0].resources.unwrap();
+    assert_eq!((resources.cpu_request_milli, resources.cpu_limit_milli), (1500, 1500));
+    assert_eq!((resources.memory_request_bytes, resources.memory_limit_bytes), (64 << 20, 64 << 20));
+}
+
+#[test]
+fn several_documents_are_several_pods_and_other_kinds_are_refused() {
+    let two = format!("{SMALL}---{}", SMALL.replace("hello", "there"));
+    assert_eq!(pods_from_yaml(&two).unwrap().len(), 2);
+
+    let other = SMALL.replace("kind: Pod", "kind: Deployment");
+    assert_eq!(paths(&other), ["kind"]);
+}
+
+#[test]
+fn garbage_and_bombs_are_errors() {
+    for text in ["", "---", "null", "# nothing"] {
+        assert!(matches!(pods_from_yaml(text), Err(ManifestError::Empty)), "{text:?}");
+    }
+    for text in ["{", "a: b: c", "\t- x", "[1, 2", "a: &a [*a]"] {
+        assert!(pods_from_yaml(text).is_err(), "{text:?}");
+    }
+    let bomb: String = (1..12).fold("a0: &a0 [x,x,x,x,x,x,x,x,x]\n".into(), |text, n| {
+        let refs = vec![format!("*a{}", n - 1); 9].join(",");
+        format!("{text}a{n}: &a{n} [{refs}]\n")
+    });
+    assert!(matches!(pods_from_yaml(&bomb), Err(ManifestError::Syntax(_))));
+}
