@@ -1,1 +1,16 @@
-//! Under construction.
+//! What a sandbox starts from: chunks, and images as block devices made of them.
+//!
+//! ```text
+//!   tar layers --layer::ingest--> LayerIndex + chunks --image::assemble--> Image (EROFS metadata + where data lies)
+//!                                    |                                        |
+//!                                    v                                        v  device::Table::build
+//!                               chunk store (packs) <--device::Packs-- ImageDevice (block reads, verified)
+//! ```
+//!
+//! The reading side ([`device`], [`chunk`]) is always there and small: flint-vmm uses it and nothing else. The writing side
+//! is behind the feature `store` and serves flintd.
+
+pub mod chunk;
+pub mod device;
+#[cfg(feature = "store")]
+pub mod layer;
