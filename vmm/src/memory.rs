@@ -1,0 +1,155 @@
+//! Guest memory: where it lies in the guest's address space, and how it gets there.
+//!
+//! ```text
+//!  0x0_0000_0000 +--------------------------+
+//!                | low memory               |  up to 3 GiB; boot structures in its first MiB (see `boot`)
+//!  0x0_c000_0000 +--------------------------+  LOW_MEMORY_END: the gap begins
+//!                | nothing                  |
+//!  0x0_d000_0000 +--------------------------+  VIRTIO_BASE: virtio-mmio windows, 0x1000 for each device
+//!                | nothing                  |
+//!  0x0_fec0_0000 | IOAPIC                   |
+//!  0x0_fee0_0000 | local APICs              |
+//!  0x0_ffbc_0000 | KVM's own pages          |  identity map, TSS (Intel, real mode)
+//!  0x1_0000_0000 +--------------------------+  HIGH_MEMORY_START
+//!                | the rest of the memory   |
+//!                +--------------------------+
+//! ```
+
+use std::sync::Arc;
+
+use thiserror::Error;
+use vm_memory::{GuestAddress, GuestMemoryMmap};
+
+/// Guest memory as every part of the VMM holds it. Regions never change once a machine is made.
+pub type GuestMemory = Arc<GuestMemoryMmap<()>>;
+
+/// First address behind low memory.
+pub const LOW_MEMORY_END: u64 = 0xc000_0000;
+/// Where memory goes on above the gap.
+pub const HIGH_MEMORY_START: u64 = 1 << 32;
+/// Window of the first virtio-mmio device.
+pub const VIRTIO_BASE: u64 = 0xd000_0000;
+/// Size of each virtio-mmio window.
+pub const VIRTIO_WINDOW: u64 = 0x1000;
+/// The IOAPIC's registers (82093AA data sheet, 3.0).
+pub const IOAPIC_BASE: u32 = 0xfec0_0000;
+/// The local APICs' registers (SDM volume 3, 11.4.1).
+pub const LOCAL_APIC_BASE: u32 = 0xfee0_0000;
+/// One page for EPT's identity map while a vCPU is in real mode (KVM API 4.43).
+pub const IDENTITY_MAP_BASE: u64 = 0xffbc_0000;
+/// Three pages for the task state segment of real mode (KVM API 4.30).
+pub const TSS_BASE: usize = 0xffbc_1000;
+
+/// Memory that cannot be had.
+#[derive(Debug, Error)]
+pub enum Error {
+    /// The host refuses the mapping.
+    #[error("mapping {size:#x} bytes of guest memory")]
+    Map {
+        /// How much was asked for.
+        size: u64,
+        /// What the host said.
+        source: vm_memory::mmap::FromRangesError,
+    },
+    /// More than this host can address.
+    #[error("guest memory of {0:#x} bytes is more than this host can address")]
+    TooLarge(u64),
+}
+
+/// A range of guest addresses with memory behind it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Range {
+    /// First guest address.
+    pub start: u64,
+    /// Length in bytes.
+    pub size: u64,
+}
+
+/// Where `size` bytes of memory lie: below the gap, and above it what does not fit there.
+#[must_use]
+pub fn layout(size: u64) -> Vec<Range> {
+    let low = size.min(LOW_MEMORY_END);
+    let mut ranges = vec![Range { start: 0, size: low }];
+    if size > low {
+        ranges.push(Range {
+            start: HIGH_MEMORY_START,
+            size: size - low,
+        });
+    }
+    ranges
+}
+
+/// Where guest memory comes from. Today: fresh anonymous pages. A template's memory, mapped from a file, is the other kind.
+pub trait MemorySource {
+    /// Maps memory for `ranges`.
+    ///
+    /// # Errors
+    /// The host refuses the mapping.
+    fn map(&self, ranges: &[Range]) -> Result<GuestMemory, Error>;
+}
+
+/// Private anonymous memory: zero until touched, gone with the process.
+#[derive(Debug)]
+pub struct Anonymous;
+
+impl MemorySource for Anonymous {
+    fn map(&self, ranges: &[Range]) -> Result<GuestMemory, Error> {
+        let total = ranges.iter().map(|range| range.size).sum();
+        let ranges = ranges
+            .iter()
+            .map(|range| {
+                Ok((
+                    GuestAddress(range.start),
+                    usize::try_from(range.size).map_err(|_| Error::TooLarge(total))?,
+                ))
+            })
+            .collect::<Result<Vec<_>, Error>>()?;
+        let memory = GuestMemoryMmap::from_ranges(&ranges).map_err(|source| Error::Map { size: total, source })?;
+        Ok(Arc::new(memory))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use vm_memory::{Bytes, GuestMemoryBackend as _};
+
+    #[test]
+    fn memory_goes_on_above_the_gap() {
+        assert_eq!(
+            layout(1 << 30),
+            [Range {
+                start: 0,
+                size: 1 << 30
+            }]
+        );
+        assert_eq!(
+            layout(LOW_MEMORY_END),
+            [Range {
+                start: 0,
+                size: LOW_MEMORY_END
+            }]
+        );
+        assert_eq!(
+            layout(5 << 30),
+            [
+                Range {
+                    start: 0,
+                    size: 3 << 30
+                },
+                Range {
+                    start: HIGH_MEMORY_START,
+                    size: 2 << 30
+                }
+            ]
+        );
+    }
+
+    #[test]
+    fn anonymous_memory_has_both_ranges_and_reads_as_zero() {
+        let memory = Anonymous.map(&layout(LOW_MEMORY_END + (2 << 20))).unwrap();
+        assert_eq!(memory.num_regions(), 2);
+        assert_eq!(memory.read_obj::<u64>(GuestAddress(HIGH_MEMORY_START)).unwrap(), 0);
+        assert!(memory.read_obj::<u64>(GuestAddress(LOW_MEMORY_END)).is_err());
+    }
+}
