@@ -10,7 +10,13 @@
 //! The reading side ([`device`], [`chunk`]) is always there and small: flint-vmm uses it and nothing else. The writing side
 //! is behind the feature `store` and serves flintd.
 
+mod bytes;
 pub mod chunk;
 pub mod device;
 #[cfg(feature = "store")]
+pub mod image;
+#[cfg(feature = "store")]
 pub mod layer;
+#[cfg(test)]
+#[cfg(feature = "store")]
+mod testing;

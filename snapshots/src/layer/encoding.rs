@@ -23,6 +23,7 @@
 //! may come from another host.
 
 use super::index::{Attributes, DeviceNumber, Entry, EntryKind, Extent, LayerIndex, Timestamp, Xattr};
+use crate::bytes::u32_at;
 use crate::chunk::{Chunk, ChunkId, MAX_CHUNK_LEN};
 
 const MAGIC: &[u8; 8] = b"FLINTLYR";
@@ -125,11 +126,6 @@ fn digest(bytes: &[u8]) -> [u8; 32] {
     let mut hasher = blake3::Hasher::new();
     hasher.update(&bytes[..HASHED_HEADER_LEN]).update(&bytes[HEADER_LEN..]);
     *hasher.finalize().as_bytes()
-}
-
-/// The caller has checked that four bytes are there.
-fn u32_at(bytes: &[u8], at: usize) -> u32 {
-    u32::from_le_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]])
 }
 
 fn put_int(out: &mut Vec<u8>, mut value: u64) {
