@@ -23,7 +23,11 @@ impl Findings {
     }
 
     fn problem(&mut self, path: &str, kind: ProblemKind, message: String) {
-        self.problems.push(Problem { path: path.to_owned(), kind, message });
+        self.problems.push(Problem {
+            path: path.to_owned(),
+            kind,
+            message,
+        });
     }
 }
 
@@ -36,7 +40,10 @@ pub(super) struct Field {
 
 impl Field {
     pub fn root(value: Value) -> Self {
-        Self { path: String::new(), value }
+        Self {
+            path: String::new(),
+            value,
+        }
     }
 
     /// The field's text; anything but a string is a problem. YAML's `yes` and `1` are not texts, as in Kubernetes.
@@ -52,7 +59,10 @@ impl Field {
 
     pub fn boolean(self, findings: &mut Findings) -> bool {
         self.value.as_bool().unwrap_or_else(|| {
-            findings.invalid(&self.path, format!("must be true or false, not {}", kind_of(&self.value)));
+            findings.invalid(
+                &self.path,
+                format!("must be true or false, not {}", kind_of(&self.value)),
+            );
             false
         })
     }
@@ -83,7 +93,9 @@ impl Field {
                 return None;
             }
         };
-        text.parse().map_err(|error: super::QuantityError| findings.invalid(&self.path, error.to_string())).ok()
+        text.parse()
+            .map_err(|error: super::QuantityError| findings.invalid(&self.path, error.to_string()))
+            .ok()
     }
 
     /// Text that must be one of a few words.
@@ -104,7 +116,10 @@ impl Field {
             Value::Array(items) => items
                 .into_iter()
                 .enumerate()
-                .map(|(index, value)| Self { path: format!("{}[{index}]", self.path), value })
+                .map(|(index, value)| Self {
+                    path: format!("{}[{index}]", self.path),
+                    value,
+                })
                 .collect(),
             other => {
                 findings.invalid(&self.path, format!("must be a list, not {}", kind_of(&other)));
@@ -114,13 +129,20 @@ impl Field {
     }
 
     pub fn texts(self, findings: &mut Findings) -> Vec<String> {
-        self.items(findings).into_iter().map(|item| item.text(findings)).collect()
+        self.items(findings)
+            .into_iter()
+            .map(|item| item.text(findings))
+            .collect()
     }
 
     /// A map of strings.
     pub fn text_map(self, findings: &mut Findings) -> HashMap<String, String> {
         let object = self.object(findings);
-        object.fields.into_iter().map(|(key, field)| (key, field.text(findings))).collect()
+        object
+            .fields
+            .into_iter()
+            .map(|(key, field)| (key, field.text(findings)))
+            .collect()
     }
 
     pub fn object(self, findings: &mut Findings) -> Object {
@@ -131,7 +153,11 @@ impl Field {
                 Map::new()
             }
         };
-        let prefix = if self.path.is_empty() { String::new() } else { format!("{}.", self.path) };
+        let prefix = if self.path.is_empty() {
+            String::new()
+        } else {
+            format!("{}.", self.path)
+        };
         let fields = fields
             .into_iter()
             .filter(|(_, value)| !value.is_null())
@@ -140,7 +166,10 @@ impl Field {
                 (key, Self { path, value })
             })
             .collect();
-        Object { path: self.path, fields }
+        Object {
+            path: self.path,
+            fields,
+        }
     }
 
     /// Whether the field asks for nothing: `false`, zero, empty.
@@ -191,14 +220,19 @@ impl Object {
     }
 
     pub fn text_map(&mut self, name: &str, findings: &mut Findings) -> HashMap<String, String> {
-        self.take(name).map(|field| field.text_map(findings)).unwrap_or_default()
+        self.take(name)
+            .map(|field| field.text_map(findings))
+            .unwrap_or_default()
     }
 
     /// Takes fields that have no effect here and notes why.
     pub fn without_effect(&mut self, names: &[&str], why: &str, findings: &mut Findings) {
         for field in names.iter().filter_map(|name| self.take(name)) {
             if !field.asks_for_nothing() {
-                findings.notes.push(Note { path: field.path, message: why.to_owned() });
+                findings.notes.push(Note {
+                    path: field.path,
+                    message: why.to_owned(),
+                });
             }
         }
     }
@@ -209,7 +243,10 @@ impl Object {
         let path = field.path.clone();
         let text = field.text(findings);
         if !text.is_empty() && !allowed.contains(&text.as_str()) {
-            findings.unsupported(&path, format!("{text:?} is not supported; only {} is", allowed.join(" or ")));
+            findings.unsupported(
+                &path,
+                format!("{text:?} is not supported; only {} is", allowed.join(" or ")),
+            );
         }
     }
 
@@ -221,7 +258,11 @@ impl Object {
     }
 
     pub fn join(&self, name: &str) -> String {
-        if self.path.is_empty() { name.to_owned() } else { format!("{}.{name}", self.path) }
+        if self.path.is_empty() {
+            name.to_owned()
+        } else {
+            format!("{}.{name}", self.path)
+        }
     }
 }
 

@@ -104,10 +104,17 @@ pub fn pods_from_yaml(text: &str) -> Result<Vec<Manifest>, ManifestError> {
         .enumerate()
         .filter(|(_, document)| !document.is_null())
         .map(|(index, document)| {
-            pod_from_value(document).map_err(|problems| ManifestError::Refused { document: index + 1, problems })
+            pod_from_value(document).map_err(|problems| ManifestError::Refused {
+                document: index + 1,
+                problems,
+            })
         })
         .collect::<Result<Vec<_>, _>>()?;
-    if pods.is_empty() { Err(ManifestError::Empty) } else { Ok(pods) }
+    if pods.is_empty() {
+        Err(ManifestError::Empty)
+    } else {
+        Ok(pods)
+    }
 }
 
 /// Maps one Pod, as JSON.

@@ -21,19 +21,31 @@ pub(super) fn map(document: Value) -> Result<Manifest, Vec<Problem>> {
     let mut root = Field::root(document).object(&mut findings);
     require_word(&mut root, "apiVersion", "v1", &mut findings);
     require_word(&mut root, "kind", "Pod", &mut findings);
-    let meta = root.require("metadata", &mut findings).map(|field| metadata(field, &mut findings)).unwrap_or_default();
-    let spec = root.require("spec", &mut findings).map(|field| spec(field, &mut findings)).unwrap_or_default();
+    let meta = root
+        .require("metadata", &mut findings)
+        .map(|field| metadata(field, &mut findings))
+        .unwrap_or_default();
+    let spec = root
+        .require("spec", &mut findings)
+        .map(|field| spec(field, &mut findings))
+        .unwrap_or_default();
     root.without_effect(&["status"], "is written by the host", &mut findings);
     root.finish(&mut findings);
     if findings.problems.is_empty() {
-        Ok(Manifest { meta, spec, notes: findings.notes })
+        Ok(Manifest {
+            meta,
+            spec,
+            notes: findings.notes,
+        })
     } else {
         Err(findings.problems)
     }
 }
 
 fn require_word(object: &mut Object, name: &str, word: &str, findings: &mut Findings) {
-    let Some(field) = object.require(name, findings) else { return };
+    let Some(field) = object.require(name, findings) else {
+        return;
+    };
     let path = field.path.clone();
     let text = field.text(findings);
     if text != word {
@@ -43,17 +55,31 @@ fn require_word(object: &mut Object, name: &str, word: &str, findings: &mut Find
 
 fn metadata(field: Field, findings: &mut Findings) -> PodMeta {
     let mut object = field.object(findings);
-    let name = object.require("name", findings).map(|field| dns_name(field, 253, findings)).unwrap_or_default();
-    let namespace = object.take("namespace").map_or_else(|| "default".into(), |field| dns_name(field, 63, findings));
+    let name = object
+        .require("name", findings)
+        .map(|field| dns_name(field, 253, findings))
+        .unwrap_or_default();
+    let namespace = object
+        .take("namespace")
+        .map_or_else(|| "default".into(), |field| dns_name(field, 63, findings));
     let meta = PodMeta {
         uid: object.text("uid", findings),
         namespace,
         name,
-        generation: object.take("generation").map(|field| field.number(0..=u64::MAX, findings)).unwrap_or_default(),
+        generation: object
+            .take("generation")
+            .map(|field| field.number(0..=u64::MAX, findings))
+            .unwrap_or_default(),
         labels: object.text_map("labels", findings),
         annotations: object.text_map("annotations", findings),
     };
-    let server_side = ["creationTimestamp", "resourceVersion", "managedFields", "selfLink", "generateName"];
+    let server_side = [
+        "creationTimestamp",
+        "resourceVersion",
+        "managedFields",
+        "selfLink",
+        "generateName",
+    ];
     object.without_effect(&server_side, NO_CLUSTER, findings);
     object.without_effect(&["ownerReferences", "finalizers"], NO_CLUSTER, findings);
     object.finish(findings);
@@ -68,7 +94,9 @@ fn dns_name(field: Field, longest: usize, findings: &mut Findings) -> String {
         (1..=63).contains(&label.len())
             && !label.starts_with('-')
             && !label.ends_with('-')
-            && label.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-')
+            && label
+                .bytes()
+                .all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-')
     };
     if name.len() > longest || !name.split('.').all(label) {
         let rule = "must be lower-case letters, digits and '-', beginning and ending with a letter or digit (RFC 1123)";
@@ -87,22 +115,35 @@ fn spec(field: Field, findings: &mut Findings) -> PodSpec {
     unique(&object.join("containers"), containers.iter().map(|c| &c.name), findings);
     unique(&object.join("volumes"), volumes.iter().map(|v| &v.name), findings);
     mounts_have_volumes(&object, &containers, &volumes, findings);
-    let policies =
-        [("Always", RestartPolicy::Always), ("OnFailure", RestartPolicy::OnFailure), ("Never", RestartPolicy::Never)];
-    let restart_policy = object.take("restartPolicy").and_then(|field| field.word(&policies, findings));
+    let policies = [
+        ("Always", RestartPolicy::Always),
+        ("OnFailure", RestartPolicy::OnFailure),
+        ("Never", RestartPolicy::Never),
+    ];
+    let restart_policy = object
+        .take("restartPolicy")
+        .and_then(|field| field.word(&policies, findings));
     let spec = PodSpec {
         containers,
         volumes,
         restart_policy: restart_policy.unwrap_or(RestartPolicy::Always).into(),
         termination_grace_period: object.take("terminationGracePeriodSeconds").map(|field| {
             let seconds = field.number(0..=i64::MAX.unsigned_abs(), findings);
-            Duration { seconds: seconds.try_into().unwrap_or(i64::MAX), nanos: 0 }
+            Duration {
+                seconds: seconds.try_into().unwrap_or(i64::MAX),
+                nanos: 0,
+            }
         }),
-        hostname: object.take("hostname").map(|field| dns_name(field, 63, findings)).unwrap_or_default(),
+        hostname: object
+            .take("hostname")
+            .map(|field| dns_name(field, 63, findings))
+            .unwrap_or_default(),
         dns: dns(&mut object, findings),
         host_aliases: list(&mut object, "hostAliases", findings, host_alias),
         share_process_namespace: object.boolean("shareProcessNamespace", findings),
-        security_context: object.take("securityContext").map(|field| pod_security_context(field, findings)),
+        security_context: object
+            .take("securityContext")
+            .map(|field| pod_security_context(field, findings)),
         scratch_bytes: 0,
     };
     accept_defaults(&mut object, findings);
@@ -113,12 +154,25 @@ fn spec(field: Field, findings: &mut Findings) -> PodSpec {
 /// Fields that have no effect on one host, and those whose default value is all that is supported.
 fn accept_defaults(object: &mut Object, findings: &mut Findings) {
     let placement = [
-        "affinity", "nodeName", "nodeSelector", "preemptionPolicy", "priority", "priorityClassName", "schedulerName",
-        "tolerations", "topologySpreadConstraints",
+        "affinity",
+        "nodeName",
+        "nodeSelector",
+        "preemptionPolicy",
+        "priority",
+        "priorityClassName",
+        "schedulerName",
+        "tolerations",
+        "topologySpreadConstraints",
     ];
     object.without_effect(&placement, NO_SCHEDULER, findings);
-    if object.take("automountServiceAccountToken").is_some_and(|field| field.boolean(findings)) {
-        findings.unsupported(&object.join("automountServiceAccountToken"), "true is not supported without a cluster");
+    if object
+        .take("automountServiceAccountToken")
+        .is_some_and(|field| field.boolean(findings))
+    {
+        findings.unsupported(
+            &object.join("automountServiceAccountToken"),
+            "true is not supported without a cluster",
+        );
     }
     let account = ["serviceAccount", "serviceAccountName", "enableServiceLinks"];
     object.without_effect(&account, NO_CLUSTER, findings);
@@ -127,21 +181,35 @@ fn accept_defaults(object: &mut Object, findings: &mut Findings) {
 fn dns(object: &mut Object, findings: &mut Findings) -> Option<Dns> {
     object.only("dnsPolicy", &["ClusterFirst", "Default", "None"], findings);
     let mut config = object.take("dnsConfig")?.object(findings);
-    let nameservers = config.take("nameservers").map(|field| addresses(field, findings)).unwrap_or_default();
+    let nameservers = config
+        .take("nameservers")
+        .map(|field| addresses(field, findings))
+        .unwrap_or_default();
     let searches = config.texts("searches", findings);
     let options = list(&mut config, "options", findings, |field, findings| {
         let mut option = field.object(findings);
-        let name = option.require("name", findings).map(|field| field.text(findings)).unwrap_or_default();
+        let name = option
+            .require("name", findings)
+            .map(|field| field.text(findings))
+            .unwrap_or_default();
         let value = option.take("value").map(|field| field.text(findings));
         option.finish(findings);
         value.map_or(name.clone(), |value| format!("{name}:{value}"))
     });
     config.finish(findings);
-    Some(Dns { nameservers, searches, options })
+    Some(Dns {
+        nameservers,
+        searches,
+        options,
+    })
 }
 
 fn addresses(field: Field, findings: &mut Findings) -> Vec<String> {
-    field.items(findings).into_iter().map(|item| address(item, findings)).collect()
+    field
+        .items(findings)
+        .into_iter()
+        .map(|item| address(item, findings))
+        .collect()
 }
 
 fn address(field: Field, findings: &mut Findings) -> String {
@@ -155,10 +223,19 @@ fn address(field: Field, findings: &mut Findings) -> String {
 
 fn host_alias(field: Field, findings: &mut Findings) -> HostAlias {
     let mut object = field.object(findings);
-    let ip = object.require("ip", findings).map(|field| address(field, findings)).unwrap_or_default();
+    let ip = object
+        .require("ip", findings)
+        .map(|field| address(field, findings))
+        .unwrap_or_default();
     let hostnames = object
         .take("hostnames")
-        .map(|field| field.items(findings).into_iter().map(|name| dns_name(name, 253, findings)).collect())
+        .map(|field| {
+            field
+                .items(findings)
+                .into_iter()
+                .map(|name| dns_name(name, 253, findings))
+                .collect()
+        })
         .unwrap_or_default();
     object.finish(findings);
     HostAlias { ip, hostnames }
@@ -166,14 +243,22 @@ fn host_alias(field: Field, findings: &mut Findings) -> HostAlias {
 
 fn container(field: Field, findings: &mut Findings) -> Container {
     let mut object = field.object(findings);
-    let name = object.require("name", findings).map(|field| dns_name(field, 63, findings)).unwrap_or_default();
-    let image = object.require("image", findings).map(|field| field.text(findings)).unwrap_or_default();
+    let name = object
+        .require("name", findings)
+        .map(|field| dns_name(field, 63, findings))
+        .unwrap_or_default();
+    let image = object
+        .require("image", findings)
+        .map(|field| field.text(findings))
+        .unwrap_or_default();
     let policies = [
         ("Always", ImagePullPolicy::PullAlways),
         ("IfNotPresent", ImagePullPolicy::PullIfNotPresent),
         ("Never", ImagePullPolicy::PullNever),
     ];
-    let policy = object.take("imagePullPolicy").and_then(|field| field.word(&policies, findings));
+    let policy = object
+        .take("imagePullPolicy")
+        .and_then(|field| field.word(&policies, findings));
     let container = Container {
         name,
         image_pull_policy: policy.unwrap_or_else(|| default_pull_policy(&image)).into(),
@@ -181,11 +266,16 @@ fn container(field: Field, findings: &mut Findings) -> Container {
         command: object.texts("command", findings),
         args: object.texts("args", findings),
         env: list(&mut object, "env", findings, env_var),
-        working_dir: object.take("workingDir").map(|field| absolute(field, findings)).unwrap_or_default(),
+        working_dir: object
+            .take("workingDir")
+            .map(|field| absolute(field, findings))
+            .unwrap_or_default(),
         tty: object.boolean("tty", findings),
         stdin: object.boolean("stdin", findings),
         resources: object.take("resources").map(|field| resources(field, findings)),
-        security_context: object.take("securityContext").map(|field| security_context(field, findings)),
+        security_context: object
+            .take("securityContext")
+            .map(|field| security_context(field, findings)),
         volume_mounts: list(&mut object, "volumeMounts", findings, volume_mount),
         ports: list(&mut object, "ports", findings, port),
     };
@@ -208,7 +298,10 @@ fn default_pull_policy(image: &str) -> ImagePullPolicy {
 
 fn env_var(field: Field, findings: &mut Findings) -> EnvVar {
     let mut object = field.object(findings);
-    let name = object.require("name", findings).map(|field| field.text(findings)).unwrap_or_default();
+    let name = object
+        .require("name", findings)
+        .map(|field| field.text(findings))
+        .unwrap_or_default();
     if name.contains('=') || name.contains('\0') {
         findings.invalid(&object.join("name"), format!("{name:?} must not contain '=' or NUL"));
     }
@@ -229,20 +322,34 @@ fn absolute(field: Field, findings: &mut Findings) -> String {
 fn resources(field: Field, findings: &mut Findings) -> Resources {
     let mut object = field.object(findings);
     let mut amounts = |name: &str, findings: &mut Findings| {
-        let Some(field) = object.take(name) else { return (None, None) };
+        let Some(field) = object.take(name) else {
+            return (None, None);
+        };
         let mut amounts = field.object(findings);
-        let cpu = amounts.take("cpu").and_then(|field| field.quantity(findings)).map(super::Quantity::milli);
-        let memory = amounts.take("memory").and_then(|field| field.quantity(findings)).map(super::Quantity::units);
+        let cpu = amounts
+            .take("cpu")
+            .and_then(|field| field.quantity(findings))
+            .map(super::Quantity::milli);
+        let memory = amounts
+            .take("memory")
+            .and_then(|field| field.quantity(findings))
+            .map(super::Quantity::units);
         amounts.finish(findings);
         (cpu, memory)
     };
     let (cpu_limit, memory_limit) = amounts("limits", findings);
     let (cpu_request, memory_request) = amounts("requests", findings);
-    for (name, request, limit) in [("cpu", cpu_request, cpu_limit), ("memory", memory_request, memory_limit)] {
+    for (name, request, limit) in [
+        ("cpu", cpu_request, cpu_limit),
+        ("memory", memory_request, memory_limit),
+    ] {
         if let (Some(request), Some(limit)) = (request, limit)
             && request > limit
         {
-            findings.invalid(&object.join(&format!("requests.{name}")), "must not be more than the limit");
+            findings.invalid(
+                &object.join(&format!("requests.{name}")),
+                "must not be more than the limit",
+            );
         }
     }
     object.finish(findings);
@@ -286,9 +393,17 @@ fn pod_security_context(field: Field, findings: &mut Findings) -> PodSecurityCon
         run_as_non_root: object.boolean("runAsNonRoot", findings),
         supplemental_groups: object
             .take("supplementalGroups")
-            .map(|field| field.items(findings).into_iter().map(|item| item.id(findings)).collect())
+            .map(|field| {
+                field
+                    .items(findings)
+                    .into_iter()
+                    .map(|item| item.id(findings))
+                    .collect()
+            })
             .unwrap_or_default(),
-        sysctls: list(&mut object, "sysctls", findings, sysctl).into_iter().collect::<HashMap<_, _>>(),
+        sysctls: list(&mut object, "sysctls", findings, sysctl)
+            .into_iter()
+            .collect::<HashMap<_, _>>(),
     };
     object.finish(findings);
     context
@@ -296,22 +411,36 @@ fn pod_security_context(field: Field, findings: &mut Findings) -> PodSecurityCon
 
 fn sysctl(field: Field, findings: &mut Findings) -> (String, String) {
     let mut object = field.object(findings);
-    let name = object.require("name", findings).map(|field| field.text(findings)).unwrap_or_default();
-    let value = object.require("value", findings).map(|field| field.text(findings)).unwrap_or_default();
+    let name = object
+        .require("name", findings)
+        .map(|field| field.text(findings))
+        .unwrap_or_default();
+    let value = object
+        .require("value", findings)
+        .map(|field| field.text(findings))
+        .unwrap_or_default();
     object.finish(findings);
     (name, value)
 }
 
 fn volume(field: Field, findings: &mut Findings) -> Volume {
     let mut object = field.object(findings);
-    let name = object.require("name", findings).map(|field| dns_name(field, 63, findings)).unwrap_or_default();
+    let name = object
+        .require("name", findings)
+        .map(|field| dns_name(field, 63, findings))
+        .unwrap_or_default();
     let source = object.take("emptyDir").map(|field| {
         let mut dir = field.object(findings);
-        let medium = dir.take("medium").and_then(|field| field.word(&[("", false), ("Memory", true)], findings));
+        let medium = dir
+            .take("medium")
+            .and_then(|field| field.word(&[("", false), ("Memory", true)], findings));
         let limit = dir.take("sizeLimit").and_then(|field| field.quantity(findings));
         dir.finish(findings);
         let size_limit_bytes = limit.map(super::Quantity::units).unwrap_or_default();
-        volume::Source::EmptyDir(EmptyDir { memory: medium.unwrap_or_default(), size_limit_bytes })
+        volume::Source::EmptyDir(EmptyDir {
+            memory: medium.unwrap_or_default(),
+            size_limit_bytes,
+        })
     });
     let path = object.path.clone();
     let before = findings.problems.len();
@@ -325,8 +454,14 @@ fn volume(field: Field, findings: &mut Findings) -> Volume {
 fn volume_mount(field: Field, findings: &mut Findings) -> VolumeMount {
     let mut object = field.object(findings);
     let mount = VolumeMount {
-        name: object.require("name", findings).map(|field| field.text(findings)).unwrap_or_default(),
-        mount_path: object.require("mountPath", findings).map(|field| absolute(field, findings)).unwrap_or_default(),
+        name: object
+            .require("name", findings)
+            .map(|field| field.text(findings))
+            .unwrap_or_default(),
+        mount_path: object
+            .require("mountPath", findings)
+            .map(|field| absolute(field, findings))
+            .unwrap_or_default(),
         read_only: object.boolean("readOnly", findings),
     };
     object.only("recursiveReadOnly", &["Disabled"], findings);
@@ -337,9 +472,13 @@ fn volume_mount(field: Field, findings: &mut Findings) -> VolumeMount {
 
 fn port(field: Field, findings: &mut Findings) -> ContainerPort {
     let mut object = field.object(findings);
-    let number = object.require("containerPort", findings).map(|field| field.number(1..=65535, findings));
+    let number = object
+        .require("containerPort", findings)
+        .map(|field| field.number(1..=65535, findings));
     let protocols = [("TCP", "TCP"), ("UDP", "UDP"), ("SCTP", "SCTP")];
-    let protocol = object.take("protocol").and_then(|field| field.word(&protocols, findings));
+    let protocol = object
+        .take("protocol")
+        .and_then(|field| field.word(&protocols, findings));
     let port = ContainerPort {
         name: object.text("name", findings),
         container_port: number.and_then(|number| number.try_into().ok()).unwrap_or_default(),

@@ -51,7 +51,9 @@ impl FromStr for Quantity {
             return Err(QuantityError::Negative(text.to_owned()));
         }
         let number = text.strip_prefix('+').unwrap_or(text);
-        let end = number.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(number.len());
+        let end = number
+            .find(|c: char| !c.is_ascii_digit() && c != '.')
+            .unwrap_or(number.len());
         let (digits, suffix) = number.split_at(end);
         let (whole, fraction) = digits.split_once('.').unwrap_or((digits, ""));
         if (whole.is_empty() && fraction.is_empty()) || fraction.contains('.') || digits.len() > 30 {
@@ -138,7 +140,10 @@ mod tests {
         assert_eq!(milli(".5"), 500);
         assert_eq!(milli("2."), 2000);
         assert_eq!(milli("1e3"), 1_000_000);
-        assert_eq!(milli("1E"), 1_000_000_000_000_000_000_000u128.min(u128::from(u64::MAX)) as u64);
+        assert_eq!(
+            milli("1E"),
+            1_000_000_000_000_000_000_000u128.min(u128::from(u64::MAX)) as u64
+        );
         assert_eq!("128Mi".parse::<Quantity>().unwrap().units(), 128 << 20);
         assert_eq!("1.5Gi".parse::<Quantity>().unwrap().units(), 3 << 29);
         assert_eq!("1k".parse::<Quantity>().unwrap().units(), 1000);
@@ -155,9 +160,16 @@ mod tests {
     #[test]
     fn what_is_no_quantity_is_refused() {
         for text in ["", "Mi", ".", "1.2.3", "1 Gi", "1KiB", "0x10", "1e99", "1ee3", "١"] {
-            assert_eq!(text.parse::<Quantity>(), Err(QuantityError::Malformed(text.to_owned())), "{text}");
+            assert_eq!(
+                text.parse::<Quantity>(),
+                Err(QuantityError::Malformed(text.to_owned())),
+                "{text}"
+            );
         }
         assert_eq!("-1".parse::<Quantity>(), Err(QuantityError::Negative("-1".to_owned())));
-        assert_eq!("100000Ei".parse::<Quantity>(), Err(QuantityError::TooLarge("100000Ei".to_owned())));
+        assert_eq!(
+            "100000Ei".parse::<Quantity>(),
+            Err(QuantityError::TooLarge("100000Ei".to_owned()))
+        );
     }
 }

@@ -28,7 +28,10 @@ fn a_small_pod_gets_kubernetes_defaults() {
     let pods = pods_from_yaml(SMALL).unwrap();
 
     let pod = &pods[0];
-    assert_eq!((pod.meta.namespace.as_str(), pod.meta.name.as_str()), ("default", "hello"));
+    assert_eq!(
+        (pod.meta.namespace.as_str(), pod.meta.name.as_str()),
+        ("default", "hello")
+    );
     assert_eq!(pod.spec.restart_policy(), RestartPolicy::Always);
     let container = &pod.spec.containers[0];
     assert_eq!(container.command, ["echo", "hi"]);
@@ -87,14 +90,20 @@ spec:
 
 #[test]
 fn a_field_that_asks_for_nothing_counts_as_absent() {
-    let yaml = SMALL.replace("spec:", "status: {}\nspec:\n  hostNetwork: false\n  initContainers: []\n  hostname: null");
+    let yaml = SMALL.replace(
+        "spec:",
+        "status: {}\nspec:\n  hostNetwork: false\n  initContainers: []\n  hostname: null",
+    );
 
     assert!(pods_from_yaml(&yaml).is_ok());
 }
 
 #[test]
 fn scheduling_fields_are_noted_not_dropped() {
-    let yaml = SMALL.replace("spec:", "spec:\n  nodeSelector: {disk: ssd}\n  tolerations: [{operator: Exists}]");
+    let yaml = SMALL.replace(
+        "spec:",
+        "spec:\n  nodeSelector: {disk: ssd}\n  tolerations: [{operator: Exists}]",
+    );
 
     let pods = pods_from_yaml(&yaml).unwrap();
 
@@ -122,7 +131,10 @@ spec:
 ";
     let problems = problems(yaml);
 
-    assert!(problems.iter().all(|problem| problem.kind == ProblemKind::Invalid), "{problems:?}");
+    assert!(
+        problems.iter().all(|problem| problem.kind == ProblemKind::Invalid),
+        "{problems:?}"
+    );
     let paths: Vec<_> = problems.iter().map(|problem| problem.path.as_str()).collect();
     for path in [
         "metadata.name",
@@ -153,7 +165,10 @@ fn a_limit_alone_is_also_the_request() {
 
     let resources = pods[0].spec.containers[0].resources.unwrap();
     assert_eq!((resources.cpu_request_milli, resources.cpu_limit_milli), (1500, 1500));
-    assert_eq!((resources.memory_request_bytes, resources.memory_limit_bytes), (64 << 20, 64 << 20));
+    assert_eq!(
+        (resources.memory_request_bytes, resources.memory_limit_bytes),
+        (64 << 20, 64 << 20)
+    );
 }
 
 #[test]

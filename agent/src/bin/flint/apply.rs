@@ -1,0 +1,124 @@
+//! `apply`: native Pod manifests.
+
+use std::io::Read as _;
+use std::path::PathBuf;
+
+use clap::Args;
+use flint_api::host::{ApplyPodRequest, ListPodsRequest, Pod, PodMeta, PodSpec, pod_status::Phase};
+use flint_api::kubernetes::{self, Manifest};
+
+use crate::client::Client;
+use crate::failure::Failure;
+use crate::output::{self, Format};
+use crate::pods;
+
+/// Create or change pods from Kubernetes Pod manifests.
+///
+/// Every field is used, or refused by its path: nothing is dropped. A pod of the same namespace and name that still runs is
+/// changed; one that has ended must be removed first.
+#[derive(Debug, Args)]
+pub struct Apply {
+    /// Manifest, YAML or JSON, of one or several documents; - reads standard input. May be repeated.
+    #[arg(short = 'f', long = "filename", required = true, value_name = "FILE")]
+    files: Vec<PathBuf>,
+    /// Return when the pods run, or have ended.
+    #[arg(long)]
+    wait: bool,
+}
+
+impl Apply {
+    pub async fn execute(self, client: Client, format: Format) -> Result<u8, Failure> {
+        let mut manifests = Vec::new();
+        for file in &self.files {
+            manifests.extend(read(file)?);
+        }
+        for manifest in manifests {
+            for note in &manifest.notes {
+                eprintln!("flint: note: {}: {}", note.path, note.message);
+            }
+            let mut pod = apply(&client, manifest.meta, manifest.spec).await?;
+            if self.wait {
+                pod = pods::until(&client, &pod, is_under_way).await?;
+            }
+            print(&pod, format)?;
+        }
+        Ok(0)
+    }
+}
+
+fn is_under_way(pod: &Pod) -> bool {
+    pods::is_over(pod)
+        || pod
+            .status
+            .as_ref()
+            .is_some_and(|status| status.phase() == Phase::Running)
+}
+
+fn print(pod: &Pod, format: Format) -> Result<(), Failure> {
+    if format == Format::Json {
+        return output::print_json("Pod", pod);
+    }
+    let meta = pod.meta.clone().unwrap_or_default();
+    output::print_line(&format!(
+        "pod {}/{}: {}",
+        meta.namespace,
+        meta.name,
+        pods::condition(pod)
+    ))
+}
+
+fn read(file: &PathBuf) -> Result<Vec<Manifest>, Failure> {
+    let mut text = String::new();
+    let what = format!("read {}", file.display());
+    if file.as_os_str() == "-" {
+        std::io::stdin()
+            .read_to_string(&mut text)
+            .map_err(|error| Failure::local("read standard input", error))?;
+    } else {
+        text = std::fs::read_to_string(file).map_err(|error| Failure::local(&what, error))?;
+    }
+    kubernetes::pods_from_yaml(&text).map_err(|error| Failure::new(format!("{}: {error}", file.display())))
+}
+
+/// Applies a pod under the uid that its name has on this host, or a new one.
+pub async fn apply(client: &Client, mut meta: PodMeta, spec: PodSpec) -> Result<Pod, Failure> {
+    let pods = client.pods().list_pods(ListPodsRequest {}).await?.into_inner().pods;
+    let same_name = |pod: &&Pod| {
+        pod.meta
+            .as_ref()
+            .is_some_and(|known| known.namespace == meta.namespace && known.name == meta.name)
+    };
+    match pods.iter().find(same_name) {
+        Some(known) if pods::is_over(known) => {
+            let name = format!("{}/{}", meta.namespace, meta.name);
+            return Err(Failure::new(format!("the pod {name} has ended")).hint(format!("`flint rm {name}` first")));
+        }
+        Some(known) => {
+            let generation = known.meta.as_ref().map_or(0, |known| known.generation);
+            let changed = known.spec.as_ref() != Some(&spec);
+            meta.uid = pods::uid(known);
+            meta.generation = meta.generation.max(generation + u64::from(changed));
+        }
+        None => {
+            if meta.uid.is_empty() {
+                meta.uid = new_uid()?;
+            }
+            meta.generation = meta.generation.max(1);
+        }
+    }
+    let request = ApplyPodRequest {
+        meta: Some(meta),
+        spec: Some(spec),
+        lease_epoch: 0,
+        materials: None,
+    };
+    let response = client.pods().apply_pod(request).await?.into_inner();
+    response.pod.ok_or_else(|| Failure::new("flintd's answer holds no pod"))
+}
+
+/// A random UUID, from the kernel.
+pub fn new_uid() -> Result<String, Failure> {
+    std::fs::read_to_string("/proc/sys/kernel/random/uuid")
+        .map(|uuid| uuid.trim().to_owned())
+        .map_err(|error| Failure::local("get a random uid", error))
+}

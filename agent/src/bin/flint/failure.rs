@@ -1,0 +1,78 @@
+//! What went wrong, said for a person: what was being done, why it failed, what to do next.
+
+use std::fmt::Write as _;
+use std::process::ExitCode;
+
+use tonic::{Code, Status};
+use tonic_types::StatusExt;
+
+/// An error as the user sees it.
+#[derive(Debug)]
+pub struct Failure {
+    message: String,
+    hint: Option<String>,
+}
+
+impl Failure {
+    /// Something that flint itself found wrong.
+    pub fn new(message: impl Into<String>) -> Self {
+        Self {
+            message: message.into(),
+            hint: None,
+        }
+    }
+
+    /// An error of this machine, met while doing `what`.
+    pub fn local(what: &str, error: impl std::error::Error) -> Self {
+        let mut message = format!("cannot {what}: {error}");
+        let mut source = error.source();
+        while let Some(cause) = source {
+            let _ = write!(message, ": {cause}");
+            source = cause.source();
+        }
+        Self::new(message)
+    }
+
+    /// What to do next.
+    #[must_use]
+    pub fn hint(mut self, hint: impl Into<String>) -> Self {
+        self.hint = Some(hint.into());
+        self
+    }
+
+    /// Prints it on stderr, and is the exit code.
+    pub fn report(self, code: u8) -> ExitCode {
+        eprintln!("flint: {}", self.message);
+        if let Some(hint) = self.hint {
+            eprintln!("flint: {hint}");
+        }
+        ExitCode::from(code)
+    }
+}
+
+impl From<Status> for Failure {
+    /// flintd's own words, the fields that it names, and a hint by the kind of error.
+    fn from(status: Status) -> Self {
+        let mut message = status.message().to_owned();
+        if message.is_empty() {
+            message = format!("flintd answered {:?} and said no more", status.code());
+        }
+        let details = status.get_error_details();
+        for violation in details.bad_request().into_iter().flat_map(|bad| &bad.field_violations) {
+            // A message with one violation already says it all.
+            if !message.contains(&violation.field) {
+                let _ = write!(message, "\n  {}: {}", violation.field, violation.description);
+            }
+        }
+        let hint = match status.code() {
+            Code::Unavailable => Some("is flintd still running? `systemctl status flintd` or its log says"),
+            Code::PermissionDenied => Some("run as root or as a member of flintd's socket group"),
+            Code::ResourceExhausted => Some("`flint ps` shows what runs; stop something or ask for less"),
+            _ => None,
+        };
+        Self {
+            message,
+            hint: hint.map(str::to_owned),
+        }
+    }
+}
