@@ -1,0 +1,307 @@
+//! The thread of a device, and the handle by which the others reach it.
+//!
+//! Every device has a plain thread of its own, which owns the device: there are no locks on the data path. The thread
+//! waits on one epoll for queue notifications, commands, and what the device watches itself.
+//!
+//! System calls that every device thread makes, whatever its kind: `epoll_wait`, `epoll_ctl`, `read` and `write`
+//! (eventfds), `futex`, `clock_gettime`, `mmap`, `munmap`, `mprotect`, `madvise`, `mremap`, `brk` (the allocator), `close`,
+//! `sched_yield`, `rt_sigreturn`, and at its end `sigaltstack`, `rt_sigprocmask`, `exit`. What a kind needs beyond these is
+//! told in its module.
+
+use std::io;
+use std::os::fd::AsRawFd;
+use std::sync::Arc;
+use std::sync::mpsc::{self, Receiver, Sender};
+use std::thread::JoinHandle;
+
+use vmm_sys_util::epoll::{EpollEvent, EventSet};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use super::core::{Core, clear, raise};
+use super::device::{Activation, Device, DeviceError};
+
+/// Which system call filter a device's thread gets.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ThreadKind {
+    /// virtio-block.
+    Block,
+    /// virtio-net.
+    Net,
+    /// virtio-vsock.
+    Vsock,
+    /// virtio-rng.
+    Rng,
+}
+
+/// Called first in a new device thread: it puts the system call filter on.
+pub type ThreadHook = Arc<dyn Fn(ThreadKind) -> io::Result<()> + Send + Sync>;
+
+/// Enough for the deepest call of any device with room to spare; buffers are on the heap.
+const STACK_BYTES: usize = 128 << 10;
+
+/// Tokens from here on are the device's own; below are the queues by index.
+pub(crate) const DEVICE_TOKENS: u64 = 1 << 16;
+const COMMAND_TOKEN: u64 = u64::MAX;
+
+type Reply<T> = Sender<Result<T, DeviceError>>;
+
+enum Command<D: Device> {
+    Activate(Activation, Reply<()>),
+    Reset(Reply<()>),
+    Bind(D::Resource, Reply<()>),
+    Pause(Reply<()>),
+    Resume(Reply<()>),
+    Save(Reply<D::State>),
+    Stop,
+}
+
+/// What the transport needs of a device's thread.
+pub trait DeviceControl: Send + Sync {
+    /// The driver said DRIVER_OK.
+    ///
+    /// # Errors
+    /// When what it set up cannot be used.
+    fn activate(&self, activation: Activation) -> Result<(), DeviceError>;
+
+    /// Stops the device and forgets its driver. After this, nothing of the device touches guest memory.
+    ///
+    /// # Errors
+    /// When the device's thread has ended.
+    fn reset(&self) -> Result<(), DeviceError>;
+}
+
+/// A device in its thread. Dropping the handle stops the thread and waits for it.
+pub struct DeviceHandle<D: Device> {
+    commands: Sender<Command<D>>,
+    wake: Arc<EventFd>,
+    core: Arc<Core>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl<D: Device> DeviceHandle<D> {
+    /// Starts a device's thread. `hook` runs first in it; this returns when that has succeeded.
+    ///
+    /// # Errors
+    /// When the thread cannot be started or the hook fails.
+    pub fn start(name: &str, device: D, hook: ThreadHook) -> io::Result<Self> {
+        let core = device.core().clone();
+        let wake = Arc::new(EventFd::new(EFD_NONBLOCK)?);
+        core.watch(wake.as_raw_fd(), EventSet::IN, COMMAND_TOKEN)?;
+        for (token, notify) in (0..).zip(core.notify()) {
+            core.watch(notify.as_raw_fd(), EventSet::IN, token)?;
+        }
+        let (commands, inbox) = mpsc::channel();
+        let (ready, hooked) = mpsc::channel();
+        let mut worker = Worker {
+            device,
+            inbox,
+            wake: wake.clone(),
+            core: core.clone(),
+            paused: false,
+            stopped: false,
+        };
+        let thread = std::thread::Builder::new()
+            .name(name.to_owned())
+            .stack_size(STACK_BYTES)
+            .spawn(move || {
+                let outcome = hook(D::KIND);
+                let failed = outcome.is_err();
+                // The one who waits for this may have gone; then the inbox is closed too and the loop ends at once.
+                let _ = ready.send(outcome);
+                if !failed {
+                    worker.run();
+                }
+            })?;
+        // A hook that panics drops its sender.
+        hooked
+            .recv()
+            .unwrap_or_else(|_| Err(io::Error::other("device thread ended before it began")))?;
+        Ok(Self {
+            commands,
+            wake,
+            core,
+            thread: Some(thread),
+        })
+    }
+
+    /// The part that is shared with the device.
+    pub fn core(&self) -> &Arc<Core> {
+        &self.core
+    }
+
+    /// Puts something behind the slot; a running driver is told.
+    ///
+    /// # Errors
+    /// When it does not fit, or there is something already.
+    pub fn bind(&self, resource: D::Resource) -> Result<(), DeviceError> {
+        self.ask(|reply| Command::Bind(resource, reply))
+    }
+
+    /// Waits for what is in flight, then leaves guest memory and the outside world alone until [`Self::resume`].
+    ///
+    /// # Errors
+    /// When the host fails.
+    pub fn pause(&self) -> Result<(), DeviceError> {
+        self.ask(Command::Pause)
+    }
+
+    /// Goes on after [`Self::pause`].
+    ///
+    /// # Errors
+    /// When the device cannot go on.
+    pub fn resume(&self) -> Result<(), DeviceError> {
+        self.ask(Command::Resume)
+    }
+
+    /// Saves the device, which must be paused.
+    ///
+    /// # Errors
+    /// When it is not.
+    pub fn save(&self) -> Result<D::State, DeviceError> {
+        self.ask(Command::Save)
+    }
+
+    fn ask<T>(&self, command: impl FnOnce(Reply<T>) -> Command<D>) -> Result<T, DeviceError> {
+        let (reply, answer) = mpsc::channel();
+        self.commands.send(command(reply)).map_err(|_| DeviceError::Gone)?;
+        raise(&self.wake);
+        answer.recv().map_err(|_| DeviceError::Gone)?
+    }
+}
+
+impl<D: Device> DeviceControl for DeviceHandle<D> {
+    fn activate(&self, activation: Activation) -> Result<(), DeviceError> {
+        self.ask(|reply| Command::Activate(activation, reply))
+    }
+
+    fn reset(&self) -> Result<(), DeviceError> {
+        self.ask(Command::Reset)
+    }
+}
+
+impl<D: Device> Drop for DeviceHandle<D> {
+    fn drop(&mut self) {
+        // A thread that has ended already has closed its inbox.
+        let _ = self.commands.send(Command::Stop);
+        raise(&self.wake);
+        if let Some(thread) = self.thread.take() {
+            // It panicked: that was reported by its panic hook.
+            let _ = thread.join();
+        }
+    }
+}
+
+struct Worker<D: Device> {
+    device: D,
+    inbox: Receiver<Command<D>>,
+    wake: Arc<EventFd>,
+    core: Arc<Core>,
+    paused: bool,
+    stopped: bool,
+}
+
+impl<D: Device> Worker<D> {
+    fn run(&mut self) {
+        let mut events = [EpollEvent::default(); 16];
+        while !self.stopped {
+            let count = match self.core.epoll().wait(-1, &mut events) {
+                Ok(count) => count,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                Err(_) => return self.fail("epoll_failed"),
+            };
+            for event in &events[..count] {
+                self.dispatch(event.data(), event.event_set());
+            }
+        }
+        self.device.reset();
+    }
+
+    fn dispatch(&mut self, token: u64, events: EventSet) {
+        let outcome = match token {
+            COMMAND_TOKEN => {
+                clear(&self.wake);
+                return self.commands();
+            }
+            // A driver that has to reset its device gets nothing done before; a paused device keeps still. Level-triggered
+            // sources of the device itself are taken out of the epoll by `quiesce`.
+            _ if self.paused || self.core.needs_reset() => {
+                self.silence(token);
+                return;
+            }
+            _ if token < DEVICE_TOKENS => self.queue_event(token),
+            _ => self.device.device_event(token, events),
+        };
+        if outcome.is_err() {
+            self.fail("guest_error");
+        }
+    }
+
+    fn silence(&self, token: u64) {
+        if let Some(notify) = usize::try_from(token)
+            .ok()
+            .and_then(|index| self.core.notify().get(index))
+        {
+            clear(notify);
+        }
+    }
+
+    fn queue_event(&mut self, token: u64) -> Result<(), DeviceError> {
+        let Ok(index) = usize::try_from(token) else {
+            return Ok(());
+        };
+        let Some(notify) = self.core.notify().get(index) else {
+            return Ok(());
+        };
+        clear(notify);
+        self.device.queue_event(index)
+    }
+
+    /// The device cannot go on: it lets go of guest memory and asks for a reset.
+    fn fail(&mut self, counter: &'static str) {
+        self.core.counters.bump(counter);
+        self.device.reset();
+        self.core.demand_reset();
+    }
+
+    fn commands(&mut self) {
+        while let Ok(command) = self.inbox.try_recv() {
+            // Whoever asked may have stopped waiting: answers are sent without looking.
+            match command {
+                Command::Activate(activation, reply) => {
+                    let outcome = self.device.activate(activation);
+                    let _ = reply.send(outcome);
+                }
+                Command::Reset(reply) => {
+                    self.device.reset();
+                    self.core.reset();
+                    let _ = reply.send(Ok(()));
+                }
+                Command::Bind(resource, reply) => {
+                    let _ = reply.send(self.device.bind(resource));
+                }
+                Command::Pause(reply) => {
+                    self.paused = true;
+                    let _ = reply.send(self.device.quiesce());
+                }
+                Command::Resume(reply) => {
+                    self.paused = false;
+                    let _ = reply.send(self.device.resume());
+                }
+                Command::Save(reply) => {
+                    let _ = reply.send(self.save());
+                }
+                Command::Stop => self.stopped = true,
+            }
+        }
+    }
+
+    fn save(&self) -> Result<D::State, DeviceError> {
+        if self.paused {
+            Ok(self.device.save())
+        } else {
+            Err(DeviceError::State(
+                "the device must be paused before it is saved".to_owned(),
+            ))
+        }
+    }
+}
