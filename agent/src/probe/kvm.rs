@@ -17,7 +17,7 @@ const API_VERSION: i32 = 12;
 /// How many times the guest counts before it says so by an I/O exit. At 1 MIPS that is some milliseconds.
 const ROUNDS: u32 = 4096;
 /// A native processor does hundreds of millions a second; an emulated one about one million.
-const NATIVE_FLOOR: f64 = 30e6;
+const NATIVE_FLOOR: f64 = 15e6;
 const MEASURE_FOR: Duration = Duration::from_millis(20);
 
 /// What kind of KVM a host has.
