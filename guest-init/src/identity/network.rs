@@ -1,0 +1,281 @@
+//! Network interfaces, by rtnetlink: found by MAC, named, addressed, brought up, routed.
+
+use std::net::IpAddr;
+
+use flint_api::guest::Interface;
+use futures::TryStreamExt;
+use rtnetlink::{
+    Handle, LinkUnspec, RouteMessageBuilder,
+    packet_route::{
+        address::AddressHeaderFlags,
+        link::{LinkAttribute, LinkMessage},
+    },
+};
+
+use super::IdentityError;
+
+/// Linux' IFNAMSIZ, with its final zero.
+const MAX_NAME: usize = 15;
+/// RFC 791's and RFC 8200's bounds are both within it; Linux' virtio-net accepts 68 to 65535.
+const MTU: std::ops::RangeInclusive<u32> = 68..=65_535;
+
+/// Why the kernel did not do what was asked.
+#[derive(Debug, thiserror::Error)]
+pub enum LinkError {
+    /// The netlink socket.
+    #[error("opening a netlink socket")]
+    Socket(#[source] std::io::Error),
+    /// The kernel said no.
+    #[error(transparent)]
+    Netlink(#[from] rtnetlink::Error),
+    /// No device has the MAC.
+    #[error("no network device has the address {mac}; the machine has {present}")]
+    Absent { mac: String, present: String },
+}
+
+/// One interface, checked.
+#[derive(Debug)]
+pub struct Plan {
+    mac: Vec<u8>,
+    name: String,
+    addresses: Vec<(IpAddr, u8)>,
+    gateways: Vec<IpAddr>,
+    mtu: Option<u32>,
+}
+
+impl Plan {
+    /// Its addresses without their prefix.
+    pub fn addresses(&self) -> impl Iterator<Item = IpAddr> {
+        self.addresses.iter().map(|(address, _)| *address)
+    }
+
+    fn error(&self, step: impl Into<String>) -> impl FnOnce(LinkError) -> IdentityError {
+        let (interface, step) = (self.name.clone(), step.into());
+        move |source| IdentityError::Network {
+            interface,
+            step,
+            source,
+        }
+    }
+}
+
+/// Checks what the request says before anything is changed.
+pub fn parse(interfaces: &[Interface]) -> Result<Vec<Plan>, IdentityError> {
+    interfaces
+        .iter()
+        .enumerate()
+        .map(|(index, interface)| parse_one(index, interface))
+        .collect()
+}
+
+fn parse_one(index: usize, interface: &Interface) -> Result<Plan, IdentityError> {
+    let invalid =
+        |field: &str, problem: String| IdentityError::invalid(format!("interfaces[{index}].{field}"), problem);
+    if interface.mac.len() != 6 {
+        return Err(invalid(
+            "mac",
+            format!("{} bytes; an Ethernet address has 6", interface.mac.len()),
+        ));
+    }
+    let name = &interface.name;
+    let allowed = |c: char| c.is_ascii_graphic() && c != '/' && c != ':';
+    if name.is_empty() || name.len() > MAX_NAME || name == "." || name == ".." || !name.chars().all(allowed) {
+        return Err(invalid(
+            "name",
+            format!("{name:?} is not an interface name of 1 to {MAX_NAME} characters"),
+        ));
+    }
+    let mtu = (interface.mtu != 0).then_some(interface.mtu);
+    if let Some(mtu) = mtu.filter(|mtu| !MTU.contains(mtu)) {
+        return Err(invalid("mtu", format!("{mtu} is outside {MTU:?}")));
+    }
+    let mut addresses = Vec::with_capacity(interface.addresses.len());
+    for (at, text) in interface.addresses.iter().enumerate() {
+        let parsed = parse_cidr(text);
+        addresses.push(
+            parsed.ok_or_else(|| invalid(&format!("addresses[{at}]"), format!("{text:?} is not address/prefix")))?,
+        );
+    }
+    let mut gateways = Vec::with_capacity(interface.gateways.len());
+    for (at, text) in interface.gateways.iter().enumerate() {
+        let field = format!("gateways[{at}]");
+        let gateway: IpAddr = text
+            .parse()
+            .map_err(|_| invalid(&field, format!("{text:?} is not an IP address")))?;
+        if gateways
+            .iter()
+            .any(|other: &IpAddr| other.is_ipv4() == gateway.is_ipv4())
+        {
+            return Err(invalid(&field, "is the second gateway of its family".to_owned()));
+        }
+        gateways.push(gateway);
+    }
+    Ok(Plan {
+        mac: interface.mac.clone(),
+        name: name.clone(),
+        addresses,
+        gateways,
+        mtu,
+    })
+}
+
+fn parse_cidr(text: &str) -> Option<(IpAddr, u8)> {
+    let (address, prefix) = text.split_once('/')?;
+    let (address, prefix): (IpAddr, u8) = (address.parse().ok()?, prefix.parse().ok()?);
+    let longest = if address.is_ipv4() { 32 } else { 128 };
+    (prefix <= longest).then_some((address, prefix))
+}
+
+/// Brings `lo` up; done once at start, it is nobody's identity.
+pub async fn bring_up_loopback() -> Result<(), LinkError> {
+    with_netlink(async |handle| {
+        let mut links = handle.link().get().match_name("lo".to_owned()).execute();
+        if let Some(link) = links.try_next().await? {
+            handle
+                .link()
+                .set(LinkUnspec::new_with_index(link.header.index).up().build())
+                .execute()
+                .await?;
+        }
+        Ok(())
+    })
+    .await
+}
+
+/// Does what the plans say.
+pub async fn configure(plans: &[Plan]) -> Result<(), IdentityError> {
+    for plan in plans {
+        configure_one(plan).await?;
+    }
+    Ok(())
+}
+
+async fn configure_one(plan: &Plan) -> Result<(), IdentityError> {
+    let index = with_netlink(async |handle| find(handle, &plan.mac).await)
+        .await
+        .map_err(plan.error("finding it"))?;
+    let mut rename = LinkUnspec::new_with_index(index).name(plan.name.clone());
+    if let Some(mtu) = plan.mtu {
+        rename = rename.mtu(mtu);
+    }
+    with_netlink(async |handle| Ok(handle.link().set(rename.build()).execute().await?))
+        .await
+        .map_err(plan.error("naming it"))?;
+    for (address, prefix) in &plan.addresses {
+        with_netlink(async |handle| {
+            let mut add = handle.address().add(index, *address, *prefix).replace();
+            // The host gave this address to this machine alone: no time is spent on asking whether another has it
+            // (RFC 4862, 5.4), and the address can be used at once.
+            add.message_mut().header.flags |= AddressHeaderFlags::Nodad;
+            Ok(add.execute().await?)
+        })
+        .await
+        .map_err(plan.error(format!("adding address {address}/{prefix}")))?;
+    }
+    with_netlink(async |handle| {
+        Ok(handle
+            .link()
+            .set(LinkUnspec::new_with_index(index).up().build())
+            .execute()
+            .await?)
+    })
+    .await
+    .map_err(plan.error("bringing it up"))?;
+    for gateway in &plan.gateways {
+        // On-link: the gateway need not be inside an address's prefix (a /32 for each pod).
+        let route = match gateway {
+            IpAddr::V4(address) => RouteMessageBuilder::<std::net::Ipv4Addr>::new()
+                .gateway(*address)
+                .output_interface(index)
+                .onlink()
+                .build(),
+            IpAddr::V6(address) => RouteMessageBuilder::<std::net::Ipv6Addr>::new()
+                .gateway(*address)
+                .output_interface(index)
+                .onlink()
+                .build(),
+        };
+        with_netlink(async |handle| Ok(handle.route().add(route).replace().execute().await?))
+            .await
+            .map_err(plan.error(format!("adding the default route by {gateway}")))?;
+    }
+    Ok(())
+}
+
+async fn find(handle: &Handle, mac: &[u8]) -> Result<u32, LinkError> {
+    let mut present = Vec::new();
+    let mut links = handle.link().get().execute();
+    while let Some(link) = links.try_next().await? {
+        match hardware_address(&link) {
+            Some(address) if address == mac => return Ok(link.header.index),
+            Some(address) => present.push(format_mac(address)),
+            None => {}
+        }
+    }
+    Err(LinkError::Absent {
+        mac: format_mac(mac),
+        present: present.join(", "),
+    })
+}
+
+fn hardware_address(link: &LinkMessage) -> Option<&[u8]> {
+    link.attributes.iter().find_map(|attribute| match attribute {
+        LinkAttribute::Address(address) => Some(address.as_slice()),
+        _ => None,
+    })
+}
+
+fn format_mac(mac: &[u8]) -> String {
+    mac.iter()
+        .map(|byte| format!("{byte:02x}"))
+        .collect::<Vec<_>>()
+        .join(":")
+}
+
+/// Runs `work` with a netlink connection that is gone afterwards: identity is adopted once, and an idle connection is memory.
+async fn with_netlink<T>(work: impl AsyncFnOnce(&Handle) -> Result<T, LinkError>) -> Result<T, LinkError> {
+    let (connection, handle, _) = rtnetlink::new_connection().map_err(LinkError::Socket)?;
+    tokio::select! {
+        // Serving the connection ends only when its handle is dropped, which the work borrows.
+        () = connection => Err(LinkError::Socket(std::io::ErrorKind::ConnectionAborted.into())),
+        result = work(&handle) => result,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn interface() -> Interface {
+        Interface {
+            mac: vec![2, 0, 0, 0, 0, 1],
+            name: "eth0".into(),
+            addresses: vec!["10.88.0.5/16".into(), "fd00::5/64".into()],
+            gateways: vec!["10.88.0.1".into(), "fd00::1".into()],
+            mtu: 1500,
+        }
+    }
+
+    #[test]
+    fn a_dual_stack_interface_is_understood() {
+        let plans = parse(&[interface()]).unwrap();
+        assert_eq!(plans[0].addresses().count(), 2);
+        assert_eq!(plans[0].gateways.len(), 2);
+    }
+
+    #[test]
+    fn each_bad_field_is_named() {
+        let bad = |change: fn(&mut Interface)| {
+            let mut interface = interface();
+            change(&mut interface);
+            parse(&[self::interface(), interface]).unwrap_err().to_string()
+        };
+        assert!(bad(|i| i.mac.truncate(5)).starts_with("interfaces[1].mac:"));
+        assert!(bad(|i| i.name = "a/b".into()).starts_with("interfaces[1].name:"));
+        assert!(bad(|i| i.name = "sixteen-letters!".into()).starts_with("interfaces[1].name:"));
+        assert!(bad(|i| i.mtu = 1).starts_with("interfaces[1].mtu:"));
+        assert!(bad(|i| i.addresses[1] = "fd00::5/129".into()).starts_with("interfaces[1].addresses[1]:"));
+        assert!(bad(|i| i.addresses[0] = "10.88.0.5".into()).starts_with("interfaces[1].addresses[0]:"));
+        assert!(bad(|i| i.gateways[1] = "10.88.0.2".into()).starts_with("interfaces[1].gateways[1]:"));
+    }
+}

@@ -1,0 +1,284 @@
+//! The guest API: each rpc checked, handed to the part that does it, and its outcome translated.
+//!
+//! What changes the machine runs as a task of its own: a client that goes away in the middle must not leave half of it.
+
+use std::{
+    pin::Pin,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use flint_api::guest::{
+    self as api, AdoptIdentityRequest, AdoptIdentityResponse, ContainerExit, ContainerStatus, CreateContainerRequest,
+    CreateContainerResponse, DeleteContainerRequest, DeleteContainerResponse, ExecRequest, ExecResponse, InputFrame,
+    ListContainersRequest, ListContainersResponse, MountImageRequest, MountImageResponse, OutputChunk,
+    ReadOutputRequest, ShutdownRequest, ShutdownResponse, SignalContainerRequest, SignalContainerResponse,
+    StartContainerRequest, StartContainerResponse, StatsRequest, StatsResponse, WaitContainerRequest,
+    WriteInputResponse, guest_server::Guest,
+};
+use futures::{FutureExt, Stream};
+use tokio::sync::{Mutex, Notify, mpsc};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Request, Response, Status, Streaming};
+
+use crate::{
+    container::{Container, Containers, State, nanoseconds},
+    exec, identity,
+    output::{self, BadOffset},
+    paths::Name,
+    stats,
+    storage::Storage,
+};
+
+/// Highest signal number of Linux.
+const LAST_SIGNAL: u32 = 64;
+/// How long containers may take to end on SIGTERM at Shutdown.
+const TERM_GRACE: Duration = Duration::from_secs(5);
+/// And on SIGKILL.
+const KILL_GRACE: Duration = Duration::from_secs(5);
+/// Answers that may wait for the transport; beyond it the program waits.
+const QUEUE: usize = 4;
+
+type Reply<T> = Result<Response<T>, Status>;
+type Answers<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
+
+/// The service.
+#[derive(Debug, Clone)]
+pub struct GuestService(Arc<Parts>);
+
+#[derive(Debug)]
+struct Parts {
+    containers: Containers,
+    storage: Storage,
+    started: Instant,
+    adopting: Mutex<()>,
+    adopted: AtomicBool,
+    power_off: Arc<Notify>,
+}
+
+impl GuestService {
+    /// `power_off` is told when the machine is to go down.
+    pub fn new(containers: Containers, storage: Storage, started: Instant, power_off: Arc<Notify>) -> Self {
+        let (adopting, adopted) = (Mutex::new(()), AtomicBool::new(false));
+        Self(Arc::new(Parts {
+            containers,
+            storage,
+            started,
+            adopting,
+            adopted,
+            power_off,
+        }))
+    }
+
+    /// Ends all containers: asks, then kills.
+    pub async fn end_containers(&self) {
+        for (signal, grace) in [(libc::SIGTERM, TERM_GRACE), (libc::SIGKILL, KILL_GRACE)] {
+            let living: Vec<Arc<Container>> = self
+                .0
+                .containers
+                .all()
+                .into_iter()
+                .filter(|container| container.state().pid().is_some())
+                .collect();
+            for container in &living {
+                // One that has just ended, or cannot be signalled, is no reason to spare the others.
+                let _ = container.signal(signal, signal == libc::SIGKILL);
+            }
+            let ends = futures::future::join_all(living.iter().map(|container| container.wait()));
+            if tokio::time::timeout(grace, ends).await.is_ok() {
+                return;
+            }
+        }
+    }
+}
+
+/// Runs `work` to its end whether the client waits for it or not.
+async fn to_the_end<T: Send + 'static>(
+    work: impl Future<Output = Result<T, Status>> + Send + 'static,
+) -> Result<T, Status> {
+    let done = tokio::spawn(work).await;
+    done.unwrap_or_else(|error| Err(Status::internal(format!("flint-init: a task failed: {error}"))))
+}
+
+#[tonic::async_trait]
+impl Guest for GuestService {
+    async fn adopt_identity(&self, request: Request<AdoptIdentityRequest>) -> Reply<AdoptIdentityResponse> {
+        let parts = Arc::clone(&self.0);
+        let response = to_the_end(async move {
+            let _one_at_a_time = parts.adopting.lock().await;
+            parts.adopted.store(false, Ordering::Relaxed);
+            identity::adopt(request.get_ref()).await?;
+            parts.adopted.store(true, Ordering::Relaxed);
+            Ok(AdoptIdentityResponse {
+                kernel_uptime_us: kernel_uptime_us(),
+                init_uptime_us: u64::try_from(parts.started.elapsed().as_micros()).unwrap_or(u64::MAX),
+            })
+        });
+        Ok(Response::new(response.await?))
+    }
+
+    async fn mount_image(&self, request: Request<MountImageRequest>) -> Reply<MountImageResponse> {
+        let request = request.into_inner();
+        let image = Name::parse("image_id", &request.image_id)?;
+        let serial = Name::parse("disk_serial", &request.disk_serial)?;
+        let storage = self.0.storage.clone();
+        to_the_end(async move { Ok(storage.mount_image(&image, &serial).await?) }).await?;
+        Ok(Response::new(MountImageResponse {}))
+    }
+
+    async fn create_container(&self, request: Request<CreateContainerRequest>) -> Reply<CreateContainerResponse> {
+        if !self.0.adopted.load(Ordering::Relaxed) {
+            return Err(Status::failed_precondition(
+                "this machine has no identity yet; call AdoptIdentity first",
+            ));
+        }
+        let containers = self.0.containers.clone();
+        to_the_end(async move { Ok(containers.create(request.into_inner()).await?) }).await?;
+        Ok(Response::new(CreateContainerResponse {}))
+    }
+
+    async fn start_container(&self, request: Request<StartContainerRequest>) -> Reply<StartContainerResponse> {
+        let pid = self.0.containers.start(&request.get_ref().container_id)?;
+        Ok(Response::new(StartContainerResponse {
+            pid: u32::try_from(pid).unwrap_or(0),
+        }))
+    }
+
+    async fn signal_container(&self, request: Request<SignalContainerRequest>) -> Reply<SignalContainerResponse> {
+        let request = request.get_ref();
+        if !(1..=LAST_SIGNAL).contains(&request.signal) {
+            let text = format!("signal {} does not exist; 1 to {LAST_SIGNAL} do", request.signal);
+            return Err(Status::invalid_argument(text));
+        }
+        let signal = i32::try_from(request.signal).map_err(|error| Status::invalid_argument(error.to_string()))?;
+        self.0
+            .containers
+            .get(&request.container_id)?
+            .signal(signal, request.all_processes)?;
+        Ok(Response::new(SignalContainerResponse {}))
+    }
+
+    async fn wait_container(&self, request: Request<WaitContainerRequest>) -> Reply<ContainerExit> {
+        let id = &request.get_ref().container_id;
+        let exit = self.0.containers.get(id)?.wait().await;
+        Ok(Response::new(exit.ok_or_else(|| {
+            Status::not_found(format!("container {id} could not be created"))
+        })?))
+    }
+
+    async fn delete_container(&self, request: Request<DeleteContainerRequest>) -> Reply<DeleteContainerResponse> {
+        let containers = self.0.containers.clone();
+        to_the_end(async move { Ok(containers.delete(&request.get_ref().container_id).await?) }).await?;
+        Ok(Response::new(DeleteContainerResponse {}))
+    }
+
+    async fn list_containers(&self, _: Request<ListContainersRequest>) -> Reply<ListContainersResponse> {
+        let containers = self
+            .0
+            .containers
+            .all()
+            .iter()
+            .filter_map(|container| status(container))
+            .collect();
+        Ok(Response::new(ListContainersResponse { containers }))
+    }
+
+    type ReadOutputStream = Answers<OutputChunk>;
+
+    async fn read_output(&self, request: Request<ReadOutputRequest>) -> Reply<Self::ReadOutputStream> {
+        let request = request.into_inner();
+        let container = self.0.containers.get(&request.container_id)?;
+        // Acknowledges now, and refuses a wrong offset as the call's own error.
+        drop(container.output.read_from(request.from_offset).map_err(bad_offset)?);
+        let (sender, receiver) = mpsc::channel(QUEUE);
+        tokio::spawn(async move {
+            // Another reader's acknowledgement in between makes this offset too old: this stream then just ends.
+            let Ok(mut reading) = container.output.read_from(request.from_offset) else {
+                return;
+            };
+            loop {
+                let chunk = tokio::select! {
+                    chunk = reading.next() => chunk,
+                    () = sender.closed() => return,
+                };
+                let Some(chunk) = chunk else { return };
+                if sender.send(Ok(output_chunk(chunk))).await.is_err() {
+                    return;
+                }
+            }
+        });
+        Ok(Response::new(Box::pin(ReceiverStream::new(receiver))))
+    }
+
+    async fn write_input(&self, request: Request<Streaming<InputFrame>>) -> Reply<WriteInputResponse> {
+        exec::write_input(&self.0.containers, request.into_inner()).await?;
+        Ok(Response::new(WriteInputResponse {}))
+    }
+
+    type ExecStream = Answers<ExecResponse>;
+
+    async fn exec(&self, request: Request<Streaming<ExecRequest>>) -> Reply<Self::ExecStream> {
+        let (sender, receiver) = mpsc::channel(QUEUE);
+        tokio::spawn(exec::serve(self.0.containers.clone(), request.into_inner(), sender));
+        Ok(Response::new(Box::pin(ReceiverStream::new(receiver))))
+    }
+
+    async fn stats(&self, _: Request<StatsRequest>) -> Reply<StatsResponse> {
+        Ok(Response::new(stats::collect(&self.0.containers)))
+    }
+
+    async fn shutdown(&self, _: Request<ShutdownRequest>) -> Reply<ShutdownResponse> {
+        let service = self.clone();
+        to_the_end(async move {
+            service.end_containers().await;
+            service.0.power_off.notify_one();
+            Ok(())
+        })
+        .await?;
+        Ok(Response::new(ShutdownResponse {}))
+    }
+}
+
+/// A container that is still being made is nobody's to see.
+fn status(container: &Container) -> Option<ContainerStatus> {
+    use api::container_status::State as ApiState;
+    let (state, exit) = match container.state() {
+        State::Creating => return None,
+        State::Created { .. } => (ApiState::Created, None),
+        State::Running { .. } => (ApiState::Running, None),
+        State::Exited(_) => (ApiState::Exited, container.wait().now_or_never().flatten()),
+    };
+    Some(ContainerStatus {
+        container_id: container.id.to_string(),
+        state: state.into(),
+        exit,
+    })
+}
+
+fn output_chunk(chunk: output::Chunk) -> OutputChunk {
+    let stream = match chunk.stream {
+        output::Stream::Stdout => api::output_chunk::Stream::Stdout,
+        output::Stream::Stderr => api::output_chunk::Stream::Stderr,
+    };
+    OutputChunk {
+        offset: chunk.offset,
+        stream: stream.into(),
+        data: chunk.data,
+        time_ns: nanoseconds(chunk.time),
+    }
+}
+
+fn bad_offset(error: BadOffset) -> Status {
+    match error {
+        BadOffset::Forgotten { .. } => Status::out_of_range(error.to_string()),
+        BadOffset::Ahead { .. } => Status::invalid_argument(error.to_string()),
+    }
+}
+
+fn kernel_uptime_us() -> u64 {
+    let now = nix::time::clock_gettime(nix::time::ClockId::CLOCK_BOOTTIME).map(std::time::Duration::from);
+    now.map_or(0, |uptime| u64::try_from(uptime.as_micros()).unwrap_or(u64::MAX))
+}
