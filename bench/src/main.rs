@@ -1,2 +1,209 @@
-//! Under construction.
-fn main() {}
+//! `flint-bench`: what starts cost, stage by stage, beside peers on the same host.
+//!
+//! ```text
+//! host       drives flintd as any client does: pull, start to first output, remove
+//! qemu       the peer: QEMU's microvm machine, same kernel, same initrd, same boundary
+//! footprint  memory of flint-vmm beside its guest's, of flint-init, sizes of the binaries
+//! samples    raw samples and what is said of them
+//! report     tables for people, JSON with every sample, Markdown for docs/results.md
+//! ```
+//!
+//! Figures mean something only with their command, their host and their level of proof: the report carries all three.
+
+mod footprint;
+mod host;
+mod qemu;
+mod report;
+mod samples;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+use report::Report;
+use samples::Samples;
+
+/// Measure what pod starts cost on this host.
+#[derive(Debug, Parser)]
+#[command(name = "flint-bench", version, arg_required_else_help = true)]
+struct Bench {
+    /// Socket of flintd.
+    #[arg(
+        long,
+        global = true,
+        env = "FLINT_SOCKET",
+        default_value = "/run/flint/flintd.sock",
+        value_name = "PATH"
+    )]
+    socket: PathBuf,
+    /// How to print the results.
+    #[arg(long, global = true, value_enum, default_value_t = Format::Text)]
+    format: Format,
+    /// What the figures prove: "native" on bare metal, "emulated host" inside one.
+    #[arg(long, global = true, default_value = "native")]
+    level: String,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum Format {
+    /// Tables.
+    Text,
+    /// Every sample.
+    Json,
+    /// Tables for docs/results.md.
+    Markdown,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Pull an image that is not here, again and again.
+    Pull(Pull),
+    /// Start pods to their first output, and boot a peer in turn.
+    Start(Start),
+    /// Memory of a running pod's processes, and sizes of binaries.
+    Footprint(Footprint),
+}
+
+#[derive(Debug, Args)]
+struct Pull {
+    /// Runs.
+    #[arg(short = 'n', long, default_value_t = 5)]
+    runs: u32,
+    /// The image; it is removed before each run.
+    image: String,
+}
+
+#[derive(Debug, Args)]
+struct Start {
+    /// Counted runs of each; one more comes first and is not counted.
+    #[arg(short = 'n', long, default_value_t = 10)]
+    runs: u32,
+    /// Also boot QEMU's microvm, in turn with the pods.
+    #[arg(long, requires_all = ["kernel", "initrd"])]
+    qemu: Option<PathBuf>,
+    /// The guest kernel that flintd uses.
+    #[arg(long, env = "FLINT_KERNEL")]
+    kernel: Option<PathBuf>,
+    /// The initrd that flintd uses.
+    #[arg(long, env = "FLINT_INITRD")]
+    initrd: Option<PathBuf>,
+    /// The kernel's command line for the peer.
+    #[arg(long, default_value = qemu::CMDLINE)]
+    cmdline: String,
+    /// The image; its program must print something.
+    image: String,
+    /// The program.
+    #[arg(last = true, default_values = ["echo", "ready"])]
+    command: Vec<String>,
+}
+
+#[derive(Debug, Args)]
+struct Footprint {
+    /// flintd's run folder.
+    #[arg(long, default_value = "/run/flint")]
+    run_dir: PathBuf,
+    /// Binaries whose sizes to tell.
+    #[arg(long, value_name = "PATH")]
+    binary: Vec<PathBuf>,
+    /// An image whose shell stays: it is started with `sleep 1000`.
+    image: String,
+}
+
+fn main() -> ExitCode {
+    let bench = Bench::parse();
+    let result = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(Error::from)
+        .and_then(|runtime| runtime.block_on(measure(&bench)));
+    let printed = result.and_then(|report| report.print(bench.format));
+    match printed {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("flint-bench: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// What went wrong; a benchmark that cannot be finished tells no figures.
+type Error = Box<dyn std::error::Error>;
+
+async fn measure(bench: &Bench) -> Result<Report, Error> {
+    let host = host::Host::connect(&bench.socket).await?;
+    let mut report = Report::new(&bench.level, host.facts().await?);
+    match &bench.command {
+        Command::Pull(pull) => measure_pulls(&host, pull, &mut report).await?,
+        Command::Start(start) => measure_starts(&host, start, &mut report).await?,
+        Command::Footprint(wanted) => footprint::measure(&host, wanted, &mut report).await?,
+    }
+    Ok(report)
+}
+
+async fn measure_pulls(host: &host::Host, pull: &Pull, report: &mut Report) -> Result<(), Error> {
+    let mut samples = Samples::new("image.pull, whole");
+    for run in 0..pull.runs {
+        host.remove_image(&pull.image).await?;
+        let (elapsed, image) = host.pull(&pull.image).await?;
+        samples.push(elapsed);
+        report.progress(run + 1, pull.runs);
+        if run == 0 {
+            report.fact(
+                "image",
+                format!("{}: {} bytes compressed", pull.image, image.compressed_bytes),
+            );
+        }
+    }
+    report.add(samples);
+    Ok(())
+}
+
+async fn measure_starts(host: &host::Host, start: &Start, report: &mut Report) -> Result<(), Error> {
+    host.pull(&start.image).await?;
+    let peer = match (&start.qemu, &start.kernel, &start.initrd) {
+        (Some(qemu), Some(kernel), Some(initrd)) => Some(qemu::Machine {
+            qemu,
+            kernel,
+            initrd,
+            cmdline: &start.cmdline,
+        }),
+        _ => None,
+    };
+    if peer.is_none() {
+        report.fact("peers", "QEMU microvm: not asked for (--qemu)");
+    }
+    let mut starts = host::Starts::default();
+    let mut boots = Samples::new("QEMU microvm: spawn until flint-init is ready");
+    for run in 0..=start.runs {
+        let timeline = host.start(&start.image, &start.command).await?;
+        let boot = peer.as_ref().map(qemu::Machine::boot).transpose()?;
+        if run > 0 {
+            starts.add(&timeline)?;
+            boot.into_iter().for_each(|boot| boots.push(boot));
+        }
+        report.progress(run, start.runs);
+    }
+    let ours = starts.finish(report);
+    if let (Some(ours), Some(theirs)) = (ours, boots.median()) {
+        let ratio = ours.as_secs_f64() / theirs.as_secs_f64();
+        report.fact(
+            "ratio",
+            format!("spawn until flint-init is ready, Flint / QEMU microvm, medians: {ratio:.2}"),
+        );
+        report.add(boots);
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        super::Bench::command().debug_assert();
+    }
+}
