@@ -1,0 +1,331 @@
+//! A host for whole-system tests: a flintd of its own in folders of its own, driven by the `flint` command line as a user
+//! would, and an audit at the end that nothing was left behind.
+//!
+//! What it needs comes from the environment, set by `hack/test system`:
+//!
+//! | variable | what |
+//! |---|---|
+//! | `FLINT_BIN` | folder of `flintd`, `flint`, `flint-vmm` |
+//! | `FLINT_KERNEL`, `FLINT_INITRD` | the guest's kernel and initrd |
+//! | `FLINT_TEST_REGISTRY` | `address:port` of a registry that has the test images |
+
+// Each test binary uses its own part of this; a harness that cannot go on fails its test.
+#![allow(dead_code, clippy::expect_used, clippy::unwrap_used)]
+
+use std::collections::BTreeSet;
+use std::ffi::OsStr;
+use std::fs;
+use std::io::{BufRead, BufReader, Read};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::sync::mpsc;
+use std::thread;
+use std::time::Duration;
+
+use nix::sys::signal::{self, Signal};
+use nix::unistd::Pid;
+use serde_json::Value;
+use tempfile::TempDir;
+
+/// Longest wait for anything. Emulated hosts are slow, and a test must not hang.
+pub const LIMIT: Duration = Duration::from_secs(120);
+
+/// A running flintd with everything that belongs to it.
+pub struct Host {
+    dir: TempDir,
+    daemon: Option<Child>,
+    before: Traces,
+}
+
+/// What a program printed and how it ended.
+#[derive(Debug)]
+pub struct Done {
+    pub code: i32,
+    pub stdout: String,
+    pub stderr: String,
+}
+
+impl Host {
+    /// Starts flintd and waits until it answers.
+    pub fn start() -> Self {
+        let before = Traces::now();
+        let dir = tempfile::Builder::new()
+            .prefix("flint-system-")
+            .tempdir_in("/run")
+            .expect("a folder in /run");
+        let mut host = Self {
+            dir,
+            daemon: None,
+            before,
+        };
+        host.start_daemon();
+        host
+    }
+
+    /// Starts flintd over the folders there are: after a kill, or for the first time.
+    pub fn start_daemon(&mut self) {
+        let log = fs::OpenOptions::new()
+            .create(true)
+            .append(true)
+            .open(self.path("flintd.log"))
+            .expect("a log");
+        let mut daemon = Command::new(bin("flintd"))
+            .arg("--state-dir")
+            .arg(self.path("state"))
+            .arg("--run-dir")
+            .arg(self.path("run"))
+            .arg("--listen")
+            .arg(self.socket())
+            .env("FLINT_VMM", bin("flint-vmm"))
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(log)
+            .spawn()
+            .expect("flintd starts");
+        let ready = lines_of(daemon.stdout.take().expect("piped"));
+        match ready.recv_timeout(LIMIT) {
+            Ok(line) if line.contains("ready") => {}
+            other => panic!("flintd did not get ready: {other:?}\n{}", self.daemon_log()),
+        }
+        self.daemon = Some(daemon);
+    }
+
+    pub fn socket(&self) -> PathBuf {
+        self.path("flintd.sock")
+    }
+
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    pub fn daemon_log(&self) -> String {
+        fs::read_to_string(self.path("flintd.log")).unwrap_or_default()
+    }
+
+    /// Kills flintd as a crash would; its sandboxes go on.
+    pub fn kill_daemon(&mut self) {
+        let mut daemon = self.daemon.take().expect("flintd runs");
+        daemon.kill().expect("kill");
+        daemon.wait().expect("wait");
+    }
+
+    /// Runs `flint` with these arguments to its end.
+    pub fn flint<S: AsRef<OsStr>>(&self, args: impl IntoIterator<Item = S>) -> Done {
+        run(self.command(args))
+    }
+
+    /// `flint`, which must succeed.
+    pub fn ok<S: AsRef<OsStr>>(&self, args: impl IntoIterator<Item = S>) -> String {
+        let done = self.flint(args);
+        assert_eq!(done.code, 0, "{done:?}\n{}", self.daemon_log());
+        done.stdout
+    }
+
+    /// `flint --json`, which must succeed.
+    pub fn json<S: AsRef<OsStr>>(&self, args: impl IntoIterator<Item = S>) -> Value {
+        let args: Vec<_> = args.into_iter().map(|arg| arg.as_ref().to_owned()).collect();
+        let text = self.ok(std::iter::once(OsStr::new("--json").to_owned()).chain(args));
+        serde_json::from_str(&text).unwrap_or_else(|error| panic!("{error} in {text:?}"))
+    }
+
+    pub fn command<S: AsRef<OsStr>>(&self, args: impl IntoIterator<Item = S>) -> Command {
+        let mut command = Command::new(bin("flint"));
+        command
+            .env("FLINT_SOCKET", self.socket())
+            .args(args)
+            .stdin(Stdio::null());
+        command
+    }
+
+    /// Runs a shell line in a pod of its own, removed afterwards.
+    pub fn sh(&self, line: &str) -> Done {
+        self.flint(["run", "--rm", &busybox(), "--", "sh", "-c", line])
+    }
+
+    /// Starts a pod that stays, and returns its uid when it runs.
+    pub fn start_pod(&self, name: &str, line: &str, more: &str) -> String {
+        let image = busybox();
+        self.apply(&format!(
+            "apiVersion: v1\nkind: Pod\nmetadata: {{name: {name}}}\nspec:\n  terminationGracePeriodSeconds: 2\n  containers:\n  \
+             - name: main\n    image: {image}\n    command: [sh, -c, {}]\n{more}",
+            serde_json::to_string(line).expect("JSON")
+        ));
+        self.pod(name)["meta"]["uid"].as_str().expect("a uid").to_owned()
+    }
+
+    /// Applies a manifest and waits until its pods run or have ended.
+    pub fn apply(&self, manifest: &str) {
+        let file = self.path("manifest.yaml");
+        fs::write(&file, manifest).expect("write the manifest");
+        self.ok([
+            OsStr::new("apply"),
+            OsStr::new("--wait"),
+            OsStr::new("-f"),
+            file.as_os_str(),
+        ]);
+    }
+
+    /// A pod by name, as JSON.
+    pub fn pod(&self, name: &str) -> Value {
+        let pods = self.json(["ps", "-a"]);
+        let found = pods["pods"]
+            .as_array()
+            .expect("pods")
+            .iter()
+            .find(|pod| pod["meta"]["name"] == name);
+        found.unwrap_or_else(|| panic!("no pod {name} in {pods}")).clone()
+    }
+
+    /// Process ids of this host's VMMs.
+    pub fn vmms(&self) -> Vec<i32> {
+        let marker = self.path("run");
+        processes("flint-vmm")
+            .into_iter()
+            .filter(|(_, log)| log.starts_with(&marker))
+            .map(|(pid, _)| pid)
+            .collect()
+    }
+}
+
+impl Drop for Host {
+    /// Ends all pods and flintd, then looks for what is left.
+    fn drop(&mut self) {
+        if thread::panicking() {
+            eprintln!("--- flintd's log\n{}", self.daemon_log());
+        }
+        if self.daemon.is_some() {
+            let _ = self.flint(["rm", "--all", "--force"]);
+        }
+        if let Some(mut daemon) = self.daemon.take() {
+            let _ = signal::kill(pid_of(&daemon), Signal::SIGTERM);
+            let _ = daemon.wait();
+        }
+        if !thread::panicking() {
+            let left: Vec<_> = Traces::now().0.difference(&self.before.0).cloned().collect();
+            assert!(left.is_empty(), "left behind: {left:#?}");
+        }
+    }
+}
+
+/// Everything that a sandbox leaves traces in.
+struct Traces(BTreeSet<String>);
+
+impl Traces {
+    fn now() -> Self {
+        let mut traces = BTreeSet::new();
+        traces.extend(
+            processes("flint-vmm")
+                .into_iter()
+                .map(|(pid, _)| format!("process flint-vmm {pid}")),
+        );
+        let interfaces =
+            names_in("/sys/class/net").filter(|name| name.starts_with("flint-") || name.starts_with("fl-"));
+        traces.extend(interfaces.map(|name| format!("interface {name}")));
+        traces.extend(
+            names_in("/sys/fs/cgroup/flint")
+                .filter(|name| !name.contains('.'))
+                .map(|n| format!("cgroup {n}")),
+        );
+        let mounts = fs::read_to_string("/proc/self/mounts").unwrap_or_default();
+        traces.extend(
+            mounts
+                .lines()
+                .filter(|line| line.contains("flint-system-"))
+                .map(|line| format!("mount {line}")),
+        );
+        Self(traces)
+    }
+}
+
+fn names_in(dir: &str) -> impl Iterator<Item = String> + use<> {
+    fs::read_dir(dir)
+        .into_iter()
+        .flatten()
+        .flatten()
+        .filter_map(|entry| entry.file_name().into_string().ok())
+}
+
+/// Processes by name, each with the file that its stderr goes to, which tells whose it is.
+fn processes(name: &str) -> Vec<(i32, PathBuf)> {
+    names_in("/proc")
+        .filter_map(|entry| entry.parse().ok())
+        .filter(|pid: &i32| fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|comm| comm.trim() == name))
+        .map(|pid| (pid, fs::read_link(format!("/proc/{pid}/fd/2")).unwrap_or_default()))
+        .collect()
+}
+
+pub fn kill(pid: i32) {
+    signal::kill(Pid::from_raw(pid), Signal::SIGKILL).expect("it is there to be killed");
+}
+
+fn pid_of(child: &Child) -> Pid {
+    Pid::from_raw(i32::try_from(child.id()).expect("a pid"))
+}
+
+/// Runs a program to its end, within the limit.
+pub fn run(mut command: Command) -> Done {
+    let mut child = command
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("it starts");
+    let pid = pid_of(&child);
+    let (ended, watchdog) = mpsc::channel::<()>();
+    let killer = thread::spawn(move || {
+        if watchdog.recv_timeout(LIMIT) == Err(mpsc::RecvTimeoutError::Timeout) {
+            // The child is not waited for before this thread has ended, so its pid is its own.
+            let _ = signal::kill(pid, Signal::SIGKILL);
+        }
+    });
+    let mut stderr = child.stderr.take().expect("piped");
+    let errors = thread::spawn(move || {
+        let mut text = Vec::new();
+        stderr.read_to_end(&mut text).map(|_| text)
+    });
+    let mut stdout = Vec::new();
+    child
+        .stdout
+        .take()
+        .expect("piped")
+        .read_to_end(&mut stdout)
+        .expect("read its output");
+    let stderr = errors.join().expect("no panic").expect("read its errors");
+    drop(ended);
+    killer.join().expect("no panic");
+    let status = child.wait().expect("wait");
+    let output = Output { status, stdout, stderr };
+    Done {
+        code: output.status.code().unwrap_or(-1),
+        stdout: String::from_utf8_lossy(&output.stdout).into_owned(),
+        stderr: String::from_utf8_lossy(&output.stderr).into_owned(),
+    }
+}
+
+/// The lines that something prints, as they come.
+pub fn lines_of(stream: impl Read + Send + 'static) -> mpsc::Receiver<String> {
+    let (send, lines) = mpsc::channel();
+    thread::spawn(move || {
+        for line in BufReader::new(stream).lines().map_while(Result::ok) {
+            // Reading on keeps the writer from blocking when nobody listens any more.
+            let _ = send.send(line);
+        }
+    });
+    lines
+}
+
+pub fn bin(name: &str) -> PathBuf {
+    Path::new(&variable("FLINT_BIN")).join(name)
+}
+
+/// A reference to a test image.
+pub fn image(name: &str) -> String {
+    format!("{}/{name}", variable("FLINT_TEST_REGISTRY"))
+}
+
+pub fn busybox() -> String {
+    image("busybox:1")
+}
+
+fn variable(name: &str) -> String {
+    std::env::var(name).unwrap_or_else(|_| panic!("{name} is not set: run these tests by `hack/test system`"))
+}

@@ -1,0 +1,175 @@
+//! What goes wrong in guests, images and daemons: each ends in a clear word, a live daemon, and nothing left behind
+//! (the harness looks for that when a test ends).
+
+mod host;
+
+use host::{Host, busybox, image, kill};
+
+const NEVER: &str = "  restartPolicy: Never\n";
+
+fn reason(host: &Host, name: &str) -> String {
+    let pod = host.pod(name);
+    pod["status"]["containers"][0]["terminated"]["reason"]
+        .as_str()
+        .unwrap_or_else(|| panic!("{pod}"))
+        .to_owned()
+}
+
+/// The daemon works on as if nothing had been.
+fn still_works(host: &Host) {
+    assert_eq!(host.sh("echo still here").stdout, "still here\n");
+}
+
+#[test]
+fn an_unknown_image_is_named() {
+    let host = Host::start();
+
+    let done = host.flint(["run", "--rm", &image("no-such-image:1"), "--", "true"]);
+
+    assert_eq!(done.code, 125, "{done:?}");
+    assert!(done.stderr.contains("no-such-image"), "{done:?}");
+    still_works(&host);
+}
+
+#[test]
+fn a_registry_that_is_down_is_named() {
+    let host = Host::start();
+
+    // Nobody listens on the discard port of loopback.
+    let done = host.flint(["run", "--rm", "127.0.0.1:9/busybox:1", "--", "true"]);
+
+    assert_eq!(done.code, 125, "{done:?}");
+    assert!(done.stderr.contains("127.0.0.1:9"), "{done:?}");
+}
+
+#[test]
+fn a_pod_bigger_than_the_host_is_refused() {
+    let host = Host::start();
+
+    let done = host.flint(["run", "--rm", "-m", "100Ti", &busybox(), "--", "true"]);
+
+    assert_eq!(done.code, 125, "{done:?}");
+    assert!(done.stderr.contains("memory"), "{done:?}");
+}
+
+#[test]
+fn a_killed_vmm_fails_its_pod_only() {
+    let host = Host::start();
+    host.start_pod("victim", "sleep 1000", NEVER);
+    let victim = host.vmms();
+    host.start_pod("neighbour", "sleep 1000", NEVER);
+    assert_eq!((victim.len(), host.vmms().len()), (1, 2));
+
+    kill(victim[0]);
+    // Its log ends when the container has ended for good.
+    host.flint(["logs", "-f", "victim"]);
+
+    assert_eq!(reason(&host, "victim"), "SandboxKilled");
+    assert_eq!(host.ok(["exec", "neighbour", "--", "echo", "alive"]), "alive\n");
+}
+
+#[test]
+fn a_guest_that_panics_is_told_from_one_that_was_killed() {
+    let host = Host::start();
+    let privileged = format!("    securityContext: {{privileged: true}}\n{NEVER}");
+
+    host.start_pod(
+        "panics",
+        "sleep 1; echo c > /proc/sysrq-trigger; sleep 1000",
+        &privileged,
+    );
+    host.flint(["logs", "-f", "panics"]);
+
+    let pod = host.pod("panics");
+    assert_eq!(reason(&host, "panics"), "SandboxKilled", "{pod}");
+    assert!(pod.to_string().to_lowercase().contains("panic"), "{pod}");
+}
+
+#[test]
+fn a_container_over_its_memory_is_oom_killed() {
+    let host = Host::start();
+    let limit = format!("    resources: {{limits: {{memory: 32Mi}}}}\n{NEVER}");
+
+    host.start_pod(
+        "hungry",
+        "x=$(head -c 200000000 /dev/zero | tr '\\0' x); echo $x | wc -c",
+        &limit,
+    );
+    host.flint(["logs", "-f", "hungry"]);
+
+    assert_eq!(reason(&host, "hungry"), "OOMKilled", "{}", host.pod("hungry"));
+}
+
+#[test]
+fn forks_without_end_stay_in_their_guest() {
+    let host = Host::start();
+    host.start_pod("bomb", "f() { f | f & }; f; sleep 1000", NEVER);
+
+    host.ok(["stop", "-t", "1", "bomb"]);
+
+    still_works(&host);
+}
+
+#[test]
+fn a_full_disk_is_the_guests_own() {
+    let host = Host::start();
+
+    let done = host
+        .sh("dd if=/dev/zero of=/fill bs=1M 2>&1 | grep -o 'No space left'; rm /fill && echo x > /after && cat /after");
+
+    assert_eq!(done.stdout, "No space left\nx\n", "{done:?}");
+}
+
+#[test]
+fn a_flood_of_output_is_bounded_and_complete_at_its_end() {
+    let host = Host::start();
+    host.start_pod(
+        "flood",
+        "yes abcdefghijklmnopqrstuvwxyz | head -c 30000000; echo; echo the end",
+        NEVER,
+    );
+
+    let log = host.ok(["logs", "-f", "--tail", "1", "flood"]);
+
+    assert!(log.ends_with("the end\n"), "{}", &log[log.len().saturating_sub(100)..]);
+    let uid = host.pod("flood")["meta"]["uid"].as_str().unwrap().to_owned();
+    let kept = host::run({
+        let mut du = std::process::Command::new("du");
+        du.args(["-sk"]).arg(host.path("state"));
+        du
+    });
+    let kib: u64 = kept.stdout.split_whitespace().next().unwrap().parse().unwrap();
+    assert!(kib < 100 * 1024, "{kib} KiB are kept for {uid}");
+}
+
+#[test]
+fn a_guest_that_spins_can_be_stopped() {
+    let host = Host::start();
+    host.start_pod("spins", "while :; do :; done", NEVER);
+
+    host.ok(["stop", "-t", "1", "spins"]);
+
+    assert_eq!(
+        host.pod("spins")["status"]["containers"][0]["terminated"]["exitCode"],
+        137
+    );
+}
+
+#[test]
+fn garbage_on_the_socket_does_not_hurt() {
+    use std::io::{Read, Write};
+    let host = Host::start();
+
+    for garbage in [
+        &b"\0\0\0\0"[..],
+        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\xff\xff\xff\xff\xff\xff",
+        &[0xaa; 70_000],
+    ] {
+        let mut stream = std::os::unix::net::UnixStream::connect(host.socket()).unwrap();
+        let _ = stream.write_all(garbage);
+        let _ = stream.shutdown(std::net::Shutdown::Write);
+        let _ = stream.read_to_end(&mut Vec::new());
+    }
+
+    assert_eq!(host.flint(["ps"]).code, 0);
+}
