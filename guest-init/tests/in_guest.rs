@@ -419,11 +419,10 @@ async fn tells_signals_and_oom(client: &mut Client) {
     step("signals");
     create_and_start(
         client,
-        container("sleeper", shell("trap 'exit 9' TERM; sleep 1000 & wait")),
+        container("sleeper", shell("trap 'exit 9' TERM; echo ready; sleep 1000 & wait")),
     )
     .await;
-    // The trap is there once the shell has got as far as its child.
-    while stats_of(client, "sleeper").await.pids_current < 2 {}
+    first_output(client, "sleeper").await;
     let signal = |signal, all_processes| SignalContainerRequest {
         container_id: "sleeper".into(),
         signal,
@@ -468,13 +467,14 @@ async fn tells_signals_and_oom(client: &mut Client) {
     assert_eq!(exit.exit_code, 137);
 }
 
-async fn stats_of(client: &mut Client, id: &str) -> ContainerStats {
-    let stats = client.stats(StatsRequest {}).await.unwrap().into_inner();
-    stats
-        .containers
-        .into_iter()
-        .find(|stats| stats.container_id == id)
-        .unwrap()
+/// Waits until the container has said something.
+async fn first_output(client: &mut Client, id: &str) {
+    let request = ReadOutputRequest {
+        container_id: id.into(),
+        from_offset: 0,
+    };
+    let mut stream = client.read_output(request).await.unwrap().into_inner();
+    stream.message().await.unwrap().unwrap();
 }
 
 async fn keeps_users_and_limits(client: &mut Client) {
@@ -546,7 +546,7 @@ async fn shares_what_a_pod_shares(client: &mut Client) {
         }
     };
     let mounts = vec![directory("disk", false), directory("mem", true)];
-    let writer = shell("echo a > /disk/f; echo b > /mem/f; echo c > /dev/shm/f; sleep 1000");
+    let writer = shell("echo a > /disk/f; echo b > /mem/f; echo c > /dev/shm/f; echo written; sleep 1000");
     let reader = shell("cat /disk/f /mem/f /dev/shm/f; ps -o args | grep -c 'sleep 100[0]'; ps -o pid,args");
     let request = CreateContainerRequest {
         mounts: mounts.clone(),
@@ -554,7 +554,7 @@ async fn shares_what_a_pod_shares(client: &mut Client) {
         ..container("writer", writer)
     };
     create_and_start(client, request).await;
-    while stats_of(client, "writer").await.pids_current < 2 {}
+    first_output(client, "writer").await;
     let request = CreateContainerRequest {
         mounts,
         share_pid_namespace: true,
@@ -650,9 +650,10 @@ async fn execs(client: &mut Client) {
     let process = Process {
         env: vec!["FROM=container".into()],
         working_dir: "/tmp".into(),
-        ..shell("sleep 1000")
+        ..shell("mkfifo fifo; echo up; cat fifo; exit 5")
     };
     create_and_start(client, container("host", process)).await;
+    first_output(client, "host").await;
     let began = SystemTime::now();
     let (out, err, exit) = exec(
         client,
@@ -693,21 +694,14 @@ async fn execs(client: &mut Client) {
     let (_, _, exit) = exec(client, vec![exec_start("host", shell("sleep 600")), Frame::Signal(9)]).await;
     assert_eq!(exit.signal, 9);
     step("exec: a client that goes away");
-    let before = stats_of(client, "host").await.pids_current;
+    // The container ends when the last writer of its FIFO does, which is the program of the client that went.
     let frames = ExecRequest {
-        frame: Some(exec_start("host", shell("echo up; exec sleep 700"))),
+        frame: Some(exec_start("host", shell("exec 3>/tmp/fifo; echo up; exec sleep 700"))),
     };
     let mut answers = client.exec(tokio_stream::iter([frames])).await.unwrap().into_inner();
     answers.message().await.unwrap().unwrap();
     drop(answers);
-    while stats_of(client, "host").await.pids_current > before {}
-    let kill = SignalContainerRequest {
-        container_id: "host".into(),
-        signal: 9,
-        all_processes: false,
-    };
-    client.signal_container(kill).await.unwrap();
-    wait(client, "host").await;
+    assert_eq!(wait(client, "host").await.exit_code, 5);
     let refused = client
         .exec(tokio_stream::iter([ExecRequest {
             frame: Some(exec_start("host", shell("true"))),

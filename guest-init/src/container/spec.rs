@@ -156,13 +156,16 @@ pub fn build(request: &CreateContainerRequest, container: &Name, around: Surroun
         .readonly(request.read_only_root)
         .build()?;
     let process = process(requested, &around.user, request.privileged)?;
-    Ok(SpecBuilder::default()
+    let mut spec = SpecBuilder::default()
         .version("1.2.0")
         .root(root)
         .process(process)
         .mounts(mounts(request, around.message_queues)?)
         .linux(linux(request, container, around)?)
-        .build()?)
+        .build()?;
+    // The builder's default names one; the UTS namespace is the guest's, and its host name the pod's.
+    spec.set_hostname(None);
+    Ok(spec)
 }
 
 fn process(requested: &RequestedProcess, user: &Resolved, privileged: bool) -> Result<Process, SpecError> {

@@ -71,6 +71,7 @@ fn a_pod_s_namespaces_are_shared_and_a_container_s_are_its_own() {
             .collect()
     };
     let spec = build_with(|_| {}).unwrap();
+    assert_eq!(spec.hostname(), &None);
     assert_eq!(
         kinds(&spec),
         [
