@@ -1,0 +1,128 @@
+//! Why a sandbox ends: the one place that decides and documents it.
+//!
+//! | reason         | what happened in the machine                                                     | process exit code |
+//! |----------------|----------------------------------------------------------------------------------|-------------------|
+//! | `POWEROFF`     | the guest wrote sleep type S5 with SLP_EN to the ACPI sleep control register     | 65 |
+//! | `RESET`        | the guest wrote to the ACPI reset register or sent 0xfe to the keyboard controller | 66 |
+//! | `TRIPLE_FAULT` | KVM_EXIT_SHUTDOWN: a fault while delivering a double fault                       | 67 |
+//! | `PANIC`        | the guest wrote bit 0 to the pvpanic port                                        | 68 |
+//! | `KVM_ERROR`    | KVM_RUN failed, or KVM_EXIT_INTERNAL_ERROR, FAIL_ENTRY, or an exit nobody asked for | 69 |
+//! | `VMM_ERROR`    | a thread of the VMM ended that must not, or the control loop failed              | 70 |
+//! | `STOPPED`      | `Stop` came over the control connection                                          | 71 |
+//!
+//! `SECCOMP` and `KILLED` are seen from outside only. The first reason wins: a guest that panics and then reboots has
+//! panicked. A guest that halts (HLT with interrupts off) has not ended: it sleeps inside KVM until it is stopped.
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::{Arc, OnceLock};
+
+use flint_api::vmm::{EXIT_CODE_BASE, ExitReason, Exited};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+/// The end of a sandbox.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Exit {
+    /// Why.
+    pub reason: ExitReason,
+    /// More of it, for people.
+    pub detail: String,
+}
+
+impl Exit {
+    /// An end with its reason and a sentence for people.
+    pub fn new(reason: ExitReason, detail: impl Into<String>) -> Self {
+        Self {
+            reason,
+            detail: detail.into(),
+        }
+    }
+
+    /// What the process exits with.
+    #[must_use]
+    pub fn code(&self) -> i32 {
+        EXIT_CODE_BASE + self.reason as i32
+    }
+
+    /// As it goes over the wire and into the exit file.
+    #[must_use]
+    pub fn to_message(&self) -> Exited {
+        Exited {
+            reason: self.reason.into(),
+            detail: self.detail.clone(),
+        }
+    }
+}
+
+/// Where any thread says that the sandbox has ended. The first one is heard; the control thread is woken by an eventfd.
+#[derive(Clone)]
+pub struct ExitLatch {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    exit: OnceLock<Exit>,
+    wake: EventFd,
+}
+
+impl ExitLatch {
+    /// A latch that nobody has set.
+    ///
+    /// # Errors
+    /// The process is out of file descriptors.
+    pub fn new() -> io::Result<Self> {
+        let inner = Inner {
+            exit: OnceLock::new(),
+            wake: EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)?,
+        };
+        Ok(Self { inner: Arc::new(inner) })
+    }
+
+    /// Ends the sandbox, unless it has ended already.
+    pub fn set(&self, exit: Exit) {
+        if self.inner.exit.set(exit).is_ok() {
+            // The only failure of a non-blocking eventfd is a full counter, and then it is readable all the same.
+            let _ = self.inner.wake.write(1);
+        }
+    }
+
+    /// The end, if it has come.
+    #[must_use]
+    pub fn get(&self) -> Option<&Exit> {
+        self.inner.exit.get()
+    }
+
+    /// Becomes readable when the end has come.
+    #[must_use]
+    pub fn wake_fd(&self) -> BorrowedFd<'_> {
+        // SAFETY: the descriptor belongs to the eventfd in `self`, which outlives the borrow.
+        unsafe { BorrowedFd::borrow_raw(std::os::fd::AsRawFd::as_raw_fd(&self.inner.wake)) }
+    }
+}
+
+impl AsFd for ExitLatch {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.wake_fd()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_first_reason_wins() {
+        let latch = ExitLatch::new().unwrap();
+        assert_eq!(latch.get(), None);
+        latch.set(Exit::new(ExitReason::Panic, "first"));
+        latch.set(Exit::new(ExitReason::Reset, "second"));
+        assert_eq!(latch.get(), Some(&Exit::new(ExitReason::Panic, "first")));
+    }
+
+    #[test]
+    fn every_reason_has_an_exit_code_of_its_own() {
+        let code = |reason| Exit::new(reason, "").code();
+        assert_eq!(code(ExitReason::Poweroff), 65);
+        assert_eq!(code(ExitReason::Stopped), 71);
+    }
+}
