@@ -1,0 +1,39 @@
+//! vCPUs: what they are made of, how the first one begins, and the thread that runs each.
+//!
+//! - `cpuid`: what the guest learns of its processors;
+//! - `registers`: state at the first instruction;
+//! - `state`: all that is saved of a vCPU;
+//! - `thread`: the loop around KVM_RUN.
+
+pub mod cpuid;
+pub mod registers;
+pub mod state;
+pub mod thread;
+
+use kvm_ioctls::{Kvm, VcpuFd, VmFd};
+use thiserror::Error;
+
+/// What KVM refused to do with a vCPU.
+#[derive(Debug, Error)]
+#[error("vCPU {vcpu}: {what}")]
+pub struct Error {
+    /// Which vCPU.
+    pub vcpu: u8,
+    /// What was being done.
+    pub what: &'static str,
+    /// What KVM said.
+    pub source: kvm_ioctls::Error,
+}
+
+/// Makes vCPU `id` of `count`, with everything set that does not depend on the kernel.
+///
+/// # Errors
+/// KVM refuses something.
+pub fn create(kvm: &Kvm, vm: &VmFd, id: u8, count: u8) -> Result<VcpuFd, Error> {
+    let at = |what| move |source| Error { vcpu: id, what, source };
+    let vcpu = vm.create_vcpu(id.into()).map_err(at("creating it"))?;
+    let cpuid = cpuid::for_vcpu(kvm, id, count).map_err(at("reading the CPUID that KVM supports"))?;
+    vcpu.set_cpuid2(&cpuid).map_err(at("setting CPUID"))?;
+    registers::set_common(&vcpu).map_err(|(what, source)| Error { vcpu: id, what, source })?;
+    Ok(vcpu)
+}

@@ -1,0 +1,316 @@
+//! The thread of a vCPU.
+//!
+//! ```text
+//!            Enter, Run                     exits: port and MMIO accesses -> buses
+//! [waiting] ------------> [running KVM_RUN] ----+
+//!     ^                        |  ^             |
+//!     |   Pause (signal)       |  +-------------+
+//!     +------------------------+
+//! ```
+//!
+//! A command to a running vCPU is put into its inbox, then a signal takes it out of KVM_RUN. The signal's handler sets
+//! `immediate_exit` in the vCPU's shared page, so a signal that comes just before KVM_RUN is not lost (KVM API, 5).
+
+use std::cell::Cell;
+use std::io;
+use std::os::unix::thread::JoinHandleExt;
+use std::ptr;
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, Sender, TryRecvError, channel};
+use std::thread::{self, JoinHandle};
+
+use flint_api::vmm::ExitReason;
+use kvm_ioctls::{VcpuExit, VcpuFd};
+use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
+
+use super::state::VcpuState;
+use super::{Error, registers, state};
+use crate::boot::Entry;
+use crate::bus::Bus;
+use crate::exit::{Exit, ExitLatch};
+
+/// Enough for the deepest call below a device's registers; guest code does not run on it.
+const STACK_BYTES: usize = 256 << 10;
+
+thread_local! {
+    /// `immediate_exit` of the vCPU that this thread runs.
+    static IMMEDIATE_EXIT: Cell<*mut u8> = const { Cell::new(ptr::null_mut()) };
+}
+
+/// What a vCPU needs from its machine.
+#[derive(Clone)]
+pub struct Context {
+    /// Port bus.
+    pub ports: Arc<Bus>,
+    /// MMIO bus.
+    pub mmio: Arc<Bus>,
+    /// Where the end of the sandbox is told.
+    pub exit: ExitLatch,
+}
+
+enum Command {
+    Enter(Entry, Sender<Result<(), Error>>),
+    Run,
+    Pause(Sender<()>),
+    Save(Vec<u32>, Sender<Result<VcpuState, Error>>),
+}
+
+/// A vCPU in its thread.
+pub struct Vcpu {
+    id: u8,
+    inbox: Sender<Command>,
+    thread: JoinHandle<()>,
+}
+
+/// Makes the kick signal do its work. Once for the process, before any vCPU runs.
+///
+/// # Errors
+/// The signal cannot be used.
+pub fn install_kick() -> io::Result<()> {
+    extern "C" fn kick(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {
+        let flag = IMMEDIATE_EXIT.get();
+        if !flag.is_null() {
+            // SAFETY: the pointer is into the page that the vCPU of this very thread shares with KVM; it is set and cleared by
+            // this thread while that page is mapped.
+            unsafe { ptr::write_volatile(flag, 1) };
+        }
+    }
+    register_signal_handler(SIGRTMIN(), kick).map_err(Into::into)
+}
+
+impl Vcpu {
+    /// Starts the thread of a vCPU, which then waits. `confine` runs first in it and puts the system call filter on.
+    ///
+    /// # Errors
+    /// The thread cannot be made.
+    pub fn spawn(
+        id: u8,
+        fd: VcpuFd,
+        context: Context,
+        confine: impl FnOnce() -> io::Result<()> + Send + 'static,
+    ) -> io::Result<Self> {
+        let (inbox, commands) = channel();
+        let (ready, confined) = channel();
+        let thread = thread::Builder::new()
+            .name(format!("vcpu{id}"))
+            .stack_size(STACK_BYTES)
+            .spawn(move || {
+                let outcome = confine();
+                let failed = outcome.is_err();
+                // Whoever waits for this waits until it is sent.
+                let _ = ready.send(outcome);
+                if !failed {
+                    let guard = PanicGuard(context.exit.clone(), id);
+                    Runner {
+                        id,
+                        fd,
+                        context,
+                        commands,
+                    }
+                    .serve();
+                    drop(guard);
+                }
+            })?;
+        confined
+            .recv()
+            .unwrap_or_else(|_| Err(io::Error::other("the vCPU's thread ended before it began")))?;
+        Ok(Self { id, inbox, thread })
+    }
+
+    /// Puts the vCPU to a kernel's entry.
+    ///
+    /// # Errors
+    /// KVM refuses, or the thread is gone.
+    pub fn enter(&self, entry: Entry) -> Result<(), Error> {
+        self.ask(|reply| Command::Enter(entry, reply))?
+    }
+
+    /// Lets it run.
+    ///
+    /// # Errors
+    /// The thread is gone.
+    pub fn run(&self) -> Result<(), Error> {
+        self.inbox.send(Command::Run).map_err(|_| self.gone())
+    }
+
+    /// Takes it out of the guest; returns when it is out.
+    ///
+    /// # Errors
+    /// The thread is gone.
+    pub fn pause(&self) -> Result<(), Error> {
+        self.ask(Command::Pause)
+    }
+
+    /// Saves it; it must be paused.
+    ///
+    /// # Errors
+    /// KVM refuses, or the thread is gone.
+    pub fn save(&self, msrs: &[u32]) -> Result<VcpuState, Error> {
+        self.ask(|reply| Command::Save(msrs.to_vec(), reply))?
+    }
+
+    fn ask<T>(&self, command: impl FnOnce(Sender<T>) -> Command) -> Result<T, Error> {
+        let (reply, answer) = channel();
+        self.inbox.send(command(reply)).map_err(|_| self.gone())?;
+        // SAFETY: the handle is not joined, so the thread's id is valid even if it has ended.
+        unsafe { libc::pthread_kill(self.thread.as_pthread_t(), SIGRTMIN()) };
+        answer.recv().map_err(|_| self.gone())
+    }
+
+    fn gone(&self) -> Error {
+        Error {
+            vcpu: self.id,
+            what: "its thread has ended",
+            source: kvm_ioctls::Error::new(libc::ESRCH),
+        }
+    }
+}
+
+/// Ends the sandbox if a vCPU's thread panics.
+struct PanicGuard(ExitLatch, u8);
+
+impl Drop for PanicGuard {
+    fn drop(&mut self) {
+        if thread::panicking() {
+            self.0.set(Exit::new(
+                ExitReason::VmmError,
+                format!("the thread of vCPU {} panicked", self.1),
+            ));
+        }
+    }
+}
+
+enum Next {
+    Run,
+    Wait,
+    End,
+}
+
+struct Runner {
+    id: u8,
+    fd: VcpuFd,
+    context: Context,
+    commands: Receiver<Command>,
+}
+
+impl Runner {
+    fn serve(mut self) {
+        IMMEDIATE_EXIT.set(&raw mut self.fd.get_kvm_run().immediate_exit);
+        while let Ok(command) = self.commands.recv() {
+            let next = match self.obey(command) {
+                Next::Run => self.run(),
+                other => other,
+            };
+            if matches!(next, Next::End) {
+                break;
+            }
+        }
+        IMMEDIATE_EXIT.set(ptr::null_mut());
+    }
+
+    fn obey(&self, command: Command) -> Next {
+        // Whoever asked may have stopped waiting: answers are sent without looking.
+        match command {
+            Command::Run => return Next::Run,
+            Command::Pause(reply) => drop(reply.send(())),
+            Command::Enter(entry, reply) => {
+                drop(reply.send(registers::set_entry(&self.fd, entry).map_err(|failure| self.error(failure))));
+            }
+            Command::Save(msrs, reply) => {
+                drop(reply.send(state::save(&self.fd, &msrs).map_err(|failure| self.error(failure))));
+            }
+        }
+        Next::Wait
+    }
+
+    fn error(&self, (what, source): (&'static str, kvm_ioctls::Error)) -> Error {
+        Error {
+            vcpu: self.id,
+            what,
+            source,
+        }
+    }
+
+    /// Runs the guest until somebody wants something else.
+    fn run(&mut self) -> Next {
+        loop {
+            // Cleared before the inbox is looked at: a command that comes later brings a signal that sets it again.
+            self.fd.set_kvm_immediate_exit(0);
+            match self.commands.try_recv() {
+                Ok(command) => match self.obey(command) {
+                    Next::Run => {}
+                    other => return other,
+                },
+                Err(TryRecvError::Disconnected) => return Next::End,
+                Err(TryRecvError::Empty) => {}
+            }
+            while let Step::Guest = self.step() {}
+            if self.context.exit.get().is_some() {
+                return Next::Wait;
+            }
+        }
+    }
+
+    /// Enters the guest once and does what it came out for.
+    fn step(&mut self) -> Step {
+        let exit = match self.fd.run() {
+            Ok(VcpuExit::IoIn(port, data)) => {
+                for byte in data {
+                    self.context.ports.read(port.into(), std::slice::from_mut(byte));
+                }
+                return Step::Guest;
+            }
+            Ok(VcpuExit::IoOut(port, data)) => {
+                // All registers on the port bus are a byte wide; KVM hands a string instruction over as one run of bytes.
+                for byte in data {
+                    self.context.ports.write(port.into(), std::slice::from_ref(byte));
+                }
+                return if self.context.exit.get().is_some() {
+                    Step::Look
+                } else {
+                    Step::Guest
+                };
+            }
+            Ok(VcpuExit::MmioRead(address, data)) => {
+                self.context.mmio.read(address, data);
+                return Step::Guest;
+            }
+            Ok(VcpuExit::MmioWrite(address, data)) => {
+                self.context.mmio.write(address, data);
+                return Step::Guest;
+            }
+            Ok(VcpuExit::Intr) => return Step::Look,
+            Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => return Step::Look,
+            Ok(VcpuExit::Shutdown) => Exit::new(ExitReason::TripleFault, format!("triple fault on vCPU {}", self.id)),
+            Ok(VcpuExit::FailEntry(reason, cpu)) => Exit::new(
+                ExitReason::KvmError,
+                format!(
+                    "vCPU {}: the processor refused the guest's state: reason {reason:#x} on host CPU {cpu}",
+                    self.id
+                ),
+            ),
+            Ok(VcpuExit::InternalError) => Exit::new(ExitReason::KvmError, self.internal_error()),
+            Ok(other) => Exit::new(
+                ExitReason::KvmError,
+                format!("vCPU {}: unexpected exit {other:?}", self.id),
+            ),
+            Err(error) => Exit::new(ExitReason::KvmError, format!("vCPU {}: KVM_RUN: {error}", self.id)),
+        };
+        self.context.exit.set(exit);
+        Step::Look
+    }
+
+    fn internal_error(&mut self) -> String {
+        let rip = self.fd.get_regs().map_or(0, |regs| regs.rip);
+        // SAFETY: KVM has just left with KVM_EXIT_INTERNAL_ERROR, for which this member of the union is valid.
+        let suberror = unsafe { self.fd.get_kvm_run().__bindgen_anon_1.internal.suberror };
+        format!("vCPU {}: KVM internal error {suberror} at {rip:#x}", self.id)
+    }
+}
+
+enum Step {
+    /// Back into the guest.
+    Guest,
+    /// Look at the inbox and the latch first.
+    Look,
+}
