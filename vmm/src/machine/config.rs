@@ -1,0 +1,206 @@
+//! `CreateMachine`, checked: nothing behind this point sees a value that the contract does not allow.
+
+use std::collections::BTreeSet;
+
+use flint_api::vmm::CreateMachine;
+use thiserror::Error;
+
+/// Most vCPUs.
+pub const MAX_VCPUS: u32 = 32;
+const MIN_MEMORY: u64 = 16 << 20;
+const MEMORY_STEP: u64 = 2 << 20;
+const MAX_QUEUES: u32 = 16;
+const MAX_SERIAL: usize = 20;
+const MIN_CID: u64 = 3;
+/// More devices than this have no window and no place in the DSDT.
+pub const MAX_DEVICES: usize = 40;
+
+/// A request that asks for a machine that cannot be.
+#[derive(Debug, Error, PartialEq, Eq)]
+pub enum Error {
+    /// vCPUs.
+    #[error("vcpus is {0}: must be 1 to {MAX_VCPUS}")]
+    Vcpus(u32),
+    /// Memory.
+    #[error("memory_bytes is {0}: must be a multiple of 2 MiB and at least 16 MiB")]
+    Memory(u64),
+    /// Too many slots.
+    #[error("{0} devices asked for: at most {MAX_DEVICES} fit")]
+    Devices(usize),
+    /// A disk's serial.
+    #[error("disks[{0}].serial {1:?}: must be 1 to {MAX_SERIAL} printable ASCII characters, unique in the machine")]
+    Serial(usize, String),
+    /// A disk's queues.
+    #[error("disks[{0}].queues is {1}: must be at most {MAX_QUEUES}")]
+    Queues(usize, u32),
+    /// A MAC address.
+    #[error("nets[{0}].mac: must be six bytes, locally administered and unicast")]
+    Mac(usize),
+    /// A CID.
+    #[error("vsock.guest_cid is {0}: must be 3 to 4294967294")]
+    Cid(u64),
+}
+
+/// A machine that can be made.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Config {
+    /// Number of vCPUs.
+    pub vcpus: u8,
+    /// Guest memory in bytes.
+    pub memory: u64,
+    /// Disk slots.
+    pub disks: Vec<Disk>,
+    /// MAC address of each network slot.
+    pub nets: Vec<[u8; 6]>,
+    /// Guest CID of the vsock device, if there is one.
+    pub vsock: Option<u64>,
+    /// Whether there is an entropy source.
+    pub rng: bool,
+}
+
+/// A disk slot.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Disk {
+    /// What the guest finds it by.
+    pub serial: String,
+    /// The guest may not write.
+    pub read_only: bool,
+    /// Request queues.
+    pub queues: u16,
+}
+
+impl TryFrom<CreateMachine> for Config {
+    type Error = Error;
+
+    fn try_from(message: CreateMachine) -> Result<Self, Error> {
+        let CreateMachine {
+            vcpus,
+            memory_bytes,
+            disks,
+            nets,
+            vsock,
+            rng,
+        } = message;
+        let devices = disks.len() + nets.len() + usize::from(vsock.is_some()) + usize::from(rng);
+        if devices > MAX_DEVICES {
+            return Err(Error::Devices(devices));
+        }
+        if memory_bytes < MIN_MEMORY || memory_bytes % MEMORY_STEP != 0 {
+            return Err(Error::Memory(memory_bytes));
+        }
+        let mut serials = BTreeSet::new();
+        let disks = disks.into_iter().enumerate().map(|(index, slot)| {
+            let proper = slot.serial.bytes().all(|byte| byte.is_ascii_graphic());
+            if !proper || !(1..=MAX_SERIAL).contains(&slot.serial.len()) || !serials.insert(slot.serial.clone()) {
+                return Err(Error::Serial(index, slot.serial));
+            }
+            if slot.queues > MAX_QUEUES {
+                return Err(Error::Queues(index, slot.queues));
+            }
+            // At most MAX_QUEUES.
+            #[allow(clippy::cast_possible_truncation)]
+            let queues = slot.queues.max(1) as u16;
+            Ok(Disk {
+                serial: slot.serial,
+                read_only: slot.read_only,
+                queues,
+            })
+        });
+        Ok(Self {
+            vcpus: u8::try_from(vcpus)
+                .ok()
+                .filter(|count| (1..=MAX_VCPUS).contains(&u32::from(*count)))
+                .ok_or(Error::Vcpus(vcpus))?,
+            memory: memory_bytes,
+            disks: disks.collect::<Result<_, _>>()?,
+            nets: nets
+                .iter()
+                .enumerate()
+                .map(|(index, slot)| mac(index, &slot.mac))
+                .collect::<Result<_, _>>()?,
+            vsock: vsock.map(|slot| cid(slot.guest_cid)).transpose()?,
+            rng,
+        })
+    }
+}
+
+fn mac(index: usize, bytes: &[u8]) -> Result<[u8; 6], Error> {
+    /// Of the first byte: bit 0 group, bit 1 local (IEEE 802, 8.2.2).
+    const LOCAL_UNICAST: u8 = 0b10;
+    let mac = <[u8; 6]>::try_from(bytes).map_err(|_| Error::Mac(index))?;
+    if mac[0] & 0b11 == LOCAL_UNICAST {
+        Ok(mac)
+    } else {
+        Err(Error::Mac(index))
+    }
+}
+
+fn cid(cid: u64) -> Result<u64, Error> {
+    if (MIN_CID..u64::from(u32::MAX)).contains(&cid) {
+        Ok(cid)
+    } else {
+        Err(Error::Cid(cid))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use flint_api::vmm::{DiskSlot, NetSlot, VsockSlot};
+
+    fn good() -> CreateMachine {
+        CreateMachine {
+            vcpus: 2,
+            memory_bytes: 64 << 20,
+            disks: vec![DiskSlot {
+                serial: "image-0".into(),
+                read_only: true,
+                queues: 0,
+            }],
+            nets: vec![NetSlot {
+                mac: vec![2, 0, 0, 0, 0, 1],
+            }],
+            vsock: Some(VsockSlot { guest_cid: 3 }),
+            rng: true,
+        }
+    }
+
+    #[test]
+    fn a_good_request_is_taken_as_it_is() {
+        let config = Config::try_from(good()).unwrap();
+        assert_eq!((config.vcpus, config.memory, config.vsock), (2, 64 << 20, Some(3)));
+        assert_eq!(
+            config.disks,
+            [Disk {
+                serial: "image-0".into(),
+                read_only: true,
+                queues: 1
+            }]
+        );
+    }
+
+    #[test]
+    fn every_bad_value_is_named() {
+        type Spoil = fn(&mut CreateMachine);
+        let cases: [(Spoil, &str); 12] = [
+            (|m| m.vcpus = 0, "vcpus"),
+            (|m| m.vcpus = 33, "vcpus"),
+            (|m| m.vcpus = 257, "vcpus"),
+            (|m| m.memory_bytes = 14 << 20, "memory_bytes"),
+            (|m| m.memory_bytes = (64 << 20) + 4096, "memory_bytes"),
+            (|m| m.disks[0].serial = "x".repeat(21), "disks[0].serial"),
+            (|m| m.disks.push(m.disks[0].clone()), "disks[1].serial"),
+            (|m| m.disks[0].queues = 17, "disks[0].queues"),
+            (|m| m.nets[0].mac = vec![3, 0, 0, 0, 0, 1], "nets[0].mac"),
+            (|m| m.nets[0].mac = vec![2], "nets[0].mac"),
+            (|m| m.vsock = Some(VsockSlot { guest_cid: 2 }), "guest_cid"),
+            (|m| m.nets = vec![m.nets[0].clone(); 40], "devices"),
+        ];
+        for (spoil, named) in cases {
+            let mut message = good();
+            spoil(&mut message);
+            let error = Config::try_from(message).unwrap_err().to_string();
+            assert!(error.contains(named), "{error}");
+        }
+    }
+}

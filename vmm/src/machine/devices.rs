@@ -1,0 +1,181 @@
+//! Virtio devices on the MMIO bus: each gets a window, an interrupt and a name for its counters.
+//!
+//! ```text
+//! device n:  window VIRTIO_BASE + n * 0x1000     interrupt 5 + n mod 19
+//!            queue q: ioeventfd at window + 0x50, datamatch q      interrupt eventfd: irqfd, edge triggered
+//! ```
+//!
+//! KVM's IOAPIC has 24 pins, of which 5 to 23 are free: from the 20th device on, interrupts are shared. An edge is never
+//! lost by that: each device's eventfd makes an edge of its own, and a driver looks at its own status register.
+
+use std::sync::{Arc, Mutex};
+
+use kvm_ioctls::{IoEventAddress, VmFd};
+use thiserror::Error;
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::acpi::VirtioWindow;
+use crate::bus::{self, Bus};
+use crate::memory::{GuestMemory, VIRTIO_BASE, VIRTIO_WINDOW};
+use crate::virtio::mmio::DeviceInfo;
+use crate::virtio::{Device, DeviceError, DeviceHandle, MmioTransport, ThreadHook};
+
+const FIRST_IRQ: u32 = 5;
+const IRQS: u32 = 24 - FIRST_IRQ;
+
+/// A device that cannot be put into a machine.
+#[derive(Debug, Error)]
+pub enum Error {
+    /// Its thread.
+    #[error("starting the thread of {name}")]
+    Thread {
+        /// Which device.
+        name: String,
+        /// Why not.
+        source: std::io::Error,
+    },
+    /// Its window.
+    #[error("placing {name}")]
+    Window {
+        /// Which device.
+        name: String,
+        /// Why not.
+        source: bus::Error,
+    },
+    /// Its eventfds.
+    #[error("connecting {name} to KVM")]
+    Kvm {
+        /// Which device.
+        name: String,
+        /// Why not.
+        source: kvm_ioctls::Error,
+    },
+}
+
+/// What a machine does with a device whatever its kind.
+pub trait AnyDevice: Send {
+    /// The name that its counters begin with.
+    fn name(&self) -> &str;
+    /// Lets it come to rest.
+    ///
+    /// # Errors
+    /// The host fails.
+    fn pause(&self) -> Result<(), DeviceError>;
+    /// Lets it go on.
+    ///
+    /// # Errors
+    /// The device cannot go on.
+    fn resume(&self) -> Result<(), DeviceError>;
+    /// What went wrong so far, by name.
+    fn counters(&self) -> Vec<(&'static str, u64)>;
+}
+
+/// A device in its place.
+pub struct Slot<D: Device> {
+    name: String,
+    handle: Arc<DeviceHandle<D>>,
+}
+
+impl<D: Device> Slot<D> {
+    /// Puts something behind the slot.
+    ///
+    /// # Errors
+    /// It does not fit.
+    pub fn bind(&self, resource: D::Resource) -> Result<(), DeviceError> {
+        self.handle.bind(resource)
+    }
+}
+
+impl<D: Device> AnyDevice for Slot<D> {
+    fn name(&self) -> &str {
+        &self.name
+    }
+
+    fn pause(&self) -> Result<(), DeviceError> {
+        self.handle.pause()
+    }
+
+    fn resume(&self) -> Result<(), DeviceError> {
+        self.handle.resume()
+    }
+
+    fn counters(&self) -> Vec<(&'static str, u64)> {
+        self.handle.core().counters.all()
+    }
+}
+
+/// Puts devices into a machine, one after the other.
+pub struct Builder<'a> {
+    vm: &'a VmFd,
+    memory: &'a GuestMemory,
+    bus: &'a mut Bus,
+    hook: ThreadHook,
+    windows: Vec<VirtioWindow>,
+}
+
+impl<'a> Builder<'a> {
+    /// Begins with no device. `hook` confines each device's thread.
+    pub fn new(vm: &'a VmFd, memory: &'a GuestMemory, bus: &'a mut Bus, hook: ThreadHook) -> Self {
+        Self {
+            vm,
+            memory,
+            bus,
+            hook,
+            windows: Vec::new(),
+        }
+    }
+
+    /// Starts a device and connects it.
+    ///
+    /// # Errors
+    /// The host or KVM refuses.
+    pub fn add<D: Device>(&mut self, name: String, device: D) -> Result<Slot<D>, Error> {
+        let info = DeviceInfo::of(&device);
+        let window = self.next_window();
+        let handle = match DeviceHandle::start(&name, device, self.hook.clone()) {
+            Ok(handle) => Arc::new(handle),
+            Err(source) => return Err(Error::Thread { name, source }),
+        };
+        let core = handle.core().clone();
+        self.connect(window, core.interrupt.irq(), core.notify())
+            .map_err(|source| Error::Kvm {
+                name: name.clone(),
+                source,
+            })?;
+        let transport = MmioTransport::new(info, handle.clone(), core, self.memory.clone());
+        self.bus
+            .insert(window.base.into(), VIRTIO_WINDOW, Arc::new(Mutex::new(transport)))
+            .map_err(|source| Error::Window {
+                name: name.clone(),
+                source,
+            })?;
+        self.windows.push(window);
+        Ok(Slot { name, handle })
+    }
+
+    /// All windows, for the ACPI tables.
+    pub fn finish(self) -> Vec<VirtioWindow> {
+        self.windows
+    }
+
+    fn next_window(&self) -> VirtioWindow {
+        // At most config::MAX_DEVICES are asked for, so neither value leaves its range.
+        #[allow(clippy::cast_possible_truncation)]
+        let index = self.windows.len() as u32;
+        #[allow(clippy::cast_possible_truncation)]
+        let base = (VIRTIO_BASE + u64::from(index) * VIRTIO_WINDOW) as u32;
+        VirtioWindow {
+            base,
+            irq: FIRST_IRQ + index % IRQS,
+        }
+    }
+
+    fn connect(&self, window: VirtioWindow, interrupt: &EventFd, notify: &[EventFd]) -> Result<(), kvm_ioctls::Error> {
+        self.vm.register_irqfd(interrupt, window.irq)?;
+        let address = IoEventAddress::Mmio(u64::from(window.base) + MmioTransport::NOTIFY_OFFSET);
+        for (queue, eventfd) in (0u32..).zip(notify) {
+            self.vm.register_ioevent(eventfd, &address, queue)?;
+        }
+        Ok(())
+    }
+}
