@@ -1,0 +1,378 @@
+//! The system calls that each kind of thread may make. Any other one kills the process with SIGSYS.
+//!
+//! ```text
+//! main thread:  Setup ---- CreateMachine ----> Control        filters only ever narrow
+//!                 |  starts                                   (a thread inherits its maker's filter)
+//!                 +--> vCPU threads: Vcpu
+//!                 +--> device threads: Device(kind)
+//! ```
+
+use std::collections::BTreeMap;
+use std::io;
+
+use libc::c_long;
+use seccompiler::{
+    BackendError, BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
+    SeccompRule, TargetArch,
+};
+use thiserror::Error;
+
+use crate::virtio::ThreadKind;
+
+/// A filter that cannot be built.
+#[derive(Debug, Error)]
+#[error("building the filter for {kind:?}")]
+pub struct Error {
+    kind: Kind,
+    source: BackendError,
+}
+
+/// What a thread is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// The main thread until there is a machine: all that the others may, and making threads and a VM.
+    Setup,
+    /// The main thread from then on.
+    Control,
+    /// A vCPU's.
+    Vcpu,
+    /// A device's.
+    Device(ThreadKind),
+}
+
+impl Kind {
+    /// All kinds.
+    pub const ALL: [Self; 7] = [
+        Self::Setup,
+        Self::Control,
+        Self::Vcpu,
+        Self::Device(ThreadKind::Block),
+        Self::Device(ThreadKind::Net),
+        Self::Device(ThreadKind::Vsock),
+        Self::Device(ThreadKind::Rng),
+    ];
+}
+
+/// Every thread: memory, locks, eventfds, epoll, its end; a panic's message.
+const COMMON: &[c_long] = &[
+    libc::SYS_brk,
+    libc::SYS_clock_gettime,
+    libc::SYS_close,
+    libc::SYS_epoll_ctl,
+    libc::SYS_epoll_pwait,
+    libc::SYS_epoll_wait,
+    libc::SYS_exit,
+    libc::SYS_exit_group,
+    libc::SYS_futex,
+    libc::SYS_getpid,
+    libc::SYS_getrandom,
+    libc::SYS_gettid,
+    libc::SYS_madvise,
+    libc::SYS_mremap,
+    libc::SYS_munmap,
+    libc::SYS_read,
+    libc::SYS_restart_syscall,
+    libc::SYS_rt_sigprocmask,
+    libc::SYS_rt_sigreturn,
+    libc::SYS_sched_yield,
+    libc::SYS_sigaltstack,
+    libc::SYS_write,
+    libc::SYS_writev,
+];
+
+/// The control thread: packets, kicks, and what a disk, tap or socket needs to be looked at and made ready.
+const CONTROL: &[c_long] = &[
+    libc::SYS_accept4,
+    libc::SYS_dup,
+    libc::SYS_epoll_create1,
+    libc::SYS_eventfd2,
+    libc::SYS_fcntl,
+    libc::SYS_fstat,
+    libc::SYS_getsockname,
+    libc::SYS_getsockopt,
+    libc::SYS_io_uring_register,
+    libc::SYS_io_uring_setup,
+    libc::SYS_lseek,
+    libc::SYS_newfstatat,
+    libc::SYS_pread64,
+    libc::SYS_recvmsg,
+    libc::SYS_sendmsg,
+    libc::SYS_statx,
+    libc::SYS_tgkill,
+    libc::SYS_timerfd_create,
+    libc::SYS_timerfd_settime,
+];
+
+/// Making threads and confining them.
+const SETUP: &[c_long] = &[
+    libc::SYS_clone,
+    libc::SYS_clone3,
+    libc::SYS_prctl,
+    libc::SYS_prlimit64,
+    libc::SYS_rseq,
+    libc::SYS_rt_sigaction,
+    libc::SYS_sched_getaffinity,
+    libc::SYS_seccomp,
+    libc::SYS_set_robust_list,
+];
+
+const BLOCK: &[c_long] = &[libc::SYS_io_uring_enter, libc::SYS_timerfd_settime, libc::SYS_pread64];
+const NET: &[c_long] = &[libc::SYS_readv, libc::SYS_timerfd_settime];
+const VSOCK: &[c_long] = &[
+    libc::SYS_accept4,
+    libc::SYS_fcntl,
+    libc::SYS_readv,
+    libc::SYS_recvfrom,
+    libc::SYS_recvmsg,
+    libc::SYS_sendmsg,
+    libc::SYS_sendto,
+    libc::SYS_setsockopt,
+    libc::SYS_shutdown,
+    libc::SYS_socketpair,
+];
+const RNG: &[c_long] = &[];
+
+/// Request numbers of KVM's ioctls without size and direction (linux/kvm.h): those of the making of a machine.
+const KVM_SETUP: &[u64] = &[
+    0xae01, // KVM_CREATE_VM
+    0xae02, // KVM_GET_MSR_INDEX_LIST
+    0xae03, // KVM_CHECK_EXTENSION
+    0xae04, // KVM_GET_VCPU_MMAP_SIZE
+    0xae05, // KVM_GET_SUPPORTED_CPUID
+    0xae41, // KVM_CREATE_VCPU
+    0xae46, // KVM_SET_USER_MEMORY_REGION
+    0xae47, // KVM_SET_TSS_ADDR
+    0xae48, // KVM_SET_IDENTITY_MAP_ADDR
+    0xae60, // KVM_CREATE_IRQCHIP
+    0xae76, // KVM_IRQFD
+    0xae79, // KVM_IOEVENTFD
+    0xae8c, // KVM_GET_FPU
+    0xae8d, // KVM_SET_FPU
+    0xae8f, // KVM_SET_LAPIC
+    0xae90, // KVM_SET_CPUID2
+];
+
+/// Those of a vCPU that runs, enters a kernel, or is saved.
+const KVM_VCPU: &[u64] = &[
+    0xae80, // KVM_RUN
+    0xae81, // KVM_GET_REGS
+    0xae82, // KVM_SET_REGS
+    0xae83, // KVM_GET_SREGS
+    0xae84, // KVM_SET_SREGS
+    0xae88, // KVM_GET_MSRS
+    0xae89, // KVM_SET_MSRS
+    0xae8e, // KVM_GET_LAPIC
+    0xae91, // KVM_GET_CPUID2
+    0xae98, // KVM_GET_MP_STATE
+    0xae9f, // KVM_GET_VCPU_EVENTS
+    0xaea1, // KVM_GET_DEBUGREGS
+    0xaea4, // KVM_GET_XSAVE
+    0xaea6, // KVM_GET_XCRS
+];
+
+/// What the control thread asks of disks and taps: BLKGETSIZE64, BLKSSZGET, TUNGETIFF, TUNGETFEATURES, TUNSETOFFLOAD,
+/// TUNSETVNETHDRSZ, FIONBIO.
+const BINDING: &[u64] = &[0x1272, 0x1268, 0x54d2, 0x54cf, 0x54d0, 0x54d8, 0x5421];
+
+/// FIONBIO.
+const NONBLOCKING: &[u64] = &[0x5421];
+
+type Rules = BTreeMap<c_long, Vec<SeccompRule>>;
+
+/// All filters, built once.
+pub struct Filters([(Kind, BpfProgram); Kind::ALL.len()]);
+
+impl Filters {
+    /// Builds them.
+    ///
+    /// # Errors
+    /// A rule that cannot be.
+    pub fn new() -> Result<Self, Error> {
+        let build = |kind| {
+            program(kind)
+                .map(|filter| (kind, filter))
+                .map_err(|source| Error { kind, source })
+        };
+        let [a, b, c, d, e, f, g] = Kind::ALL;
+        Ok(Self([
+            build(a)?,
+            build(b)?,
+            build(c)?,
+            build(d)?,
+            build(e)?,
+            build(f)?,
+            build(g)?,
+        ]))
+    }
+
+    /// Puts a filter on the calling thread, on top of those that it has.
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    pub fn apply(&self, kind: Kind) -> io::Result<()> {
+        self.0
+            .iter()
+            .filter(|(other, _)| *other == kind)
+            .try_for_each(|(_, program)| seccompiler::apply_filter(program).map_err(io::Error::other))
+    }
+}
+
+fn program(kind: Kind) -> Result<BpfProgram, BackendError> {
+    let mut rules = Rules::new();
+    add(&mut rules, kind)?;
+    let filter = SeccompFilter::new(
+        rules,
+        SeccompAction::KillProcess,
+        SeccompAction::Allow,
+        TargetArch::x86_64,
+    )?;
+    filter.try_into()
+}
+
+fn add(rules: &mut Rules, kind: Kind) -> Result<(), BackendError> {
+    allow(rules, COMMON);
+    no_code(rules)?;
+    // Debug builds of the standard library look whether a descriptor is open before they close it.
+    rules
+        .entry(libc::SYS_fcntl)
+        .or_insert(vec![argument(1, SeccompCmpOp::Eq, libc::F_GETFD as u64)?]);
+    match kind {
+        Kind::Setup => {
+            allow(rules, SETUP);
+            ioctls(rules, KVM_SETUP)?;
+            for kind in &Kind::ALL[1..] {
+                add(rules, *kind)?;
+            }
+        }
+        Kind::Control => {
+            allow(rules, CONTROL);
+            ioctls(rules, BINDING)?;
+        }
+        Kind::Vcpu => ioctls(rules, KVM_VCPU)?,
+        Kind::Device(ThreadKind::Block) => allow(rules, BLOCK),
+        Kind::Device(ThreadKind::Net) => allow(rules, NET),
+        Kind::Device(ThreadKind::Vsock) => {
+            allow(rules, VSOCK);
+            ioctls(rules, NONBLOCKING)?;
+        }
+        Kind::Device(ThreadKind::Rng) => allow(rules, RNG),
+    }
+    Ok(())
+}
+
+/// An empty list of rules allows a call with any arguments.
+fn allow(rules: &mut Rules, calls: &[c_long]) {
+    rules.extend(calls.iter().map(|call| (*call, Vec::new())));
+}
+
+/// Allows ioctls by the low 16 bits of their request.
+fn ioctls(rules: &mut Rules, requests: &[u64]) -> Result<(), BackendError> {
+    const REQUEST: u64 = 0xffff;
+    let list = rules.entry(libc::SYS_ioctl).or_default();
+    for request in requests {
+        list.push(argument(1, SeccompCmpOp::MaskedEq(REQUEST), *request)?);
+    }
+    Ok(())
+}
+
+/// Memory that is never executable: no new code comes into the process.
+fn no_code(rules: &mut Rules) -> Result<(), BackendError> {
+    const EXECUTABLE: u64 = libc::PROT_EXEC as u64;
+    for call in [libc::SYS_mmap, libc::SYS_mprotect] {
+        rules.insert(call, vec![argument(2, SeccompCmpOp::MaskedEq(EXECUTABLE), 0)?]);
+    }
+    Ok(())
+}
+
+fn argument(index: u8, compare: SeccompCmpOp, value: u64) -> Result<SeccompRule, BackendError> {
+    SeccompRule::new(vec![SeccompCondition::new(
+        index,
+        SeccompCmpArgLen::Dword,
+        compare,
+        value,
+    )?])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use nix::sys::wait::{WaitStatus, waitpid};
+    use nix::unistd::{ForkResult, fork};
+
+    /// Runs system calls under a filter in a process of its own.
+    fn under(kind: Kind, calls: &[(c_long, [c_long; 3])]) -> WaitStatus {
+        let filters = Filters::new().unwrap();
+        // SAFETY: the child only makes system calls, with everything they need made before.
+        match unsafe { fork() }.unwrap() {
+            ForkResult::Parent { child } => waitpid(child, None).unwrap(),
+            ForkResult::Child => {
+                if filters.apply(kind).is_err() {
+                    // SAFETY: ends the process.
+                    unsafe { libc::_exit(1) };
+                }
+                for (number, [a, b, c]) in calls {
+                    // SAFETY: the calls of these tests take no pointers, or null.
+                    unsafe { libc::syscall(*number, *a, *b, *c) };
+                }
+                // SAFETY: ends the process.
+                unsafe { libc::_exit(0) };
+            }
+        }
+    }
+
+    fn killed(status: WaitStatus) -> bool {
+        matches!(status, WaitStatus::Signaled(_, nix::sys::signal::Signal::SIGSYS, _))
+    }
+
+    #[test]
+    fn a_forbidden_call_kills_the_process_whatever_the_thread_is_for() {
+        for kind in Kind::ALL {
+            for call in [
+                libc::SYS_openat,
+                libc::SYS_socket,
+                libc::SYS_execve,
+                libc::SYS_ptrace,
+                libc::SYS_kill,
+            ] {
+                assert!(
+                    killed(under(kind, &[(call, [-1, 0, 0])])),
+                    "{kind:?}, system call {call}"
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn an_allowed_call_goes_through() {
+        for kind in Kind::ALL {
+            let status = under(kind, &[(libc::SYS_close, [-1, 0, 0]), (libc::SYS_mmap, [0, 4096, 1])]);
+            assert!(matches!(status, WaitStatus::Exited(_, 0)), "{kind:?}: {status:?}");
+        }
+    }
+
+    #[test]
+    fn no_thread_gets_new_code_and_only_the_first_makes_threads() {
+        for kind in Kind::ALL {
+            let code = libc::c_long::from(libc::PROT_EXEC | libc::PROT_READ);
+            assert!(killed(under(kind, &[(libc::SYS_mmap, [0, 4096, code])])), "{kind:?}");
+            assert!(
+                killed(under(kind, &[(libc::SYS_mprotect, [0, 4096, code])])),
+                "{kind:?}"
+            );
+            assert_eq!(
+                killed(under(kind, &[(libc::SYS_clone3, [0, 0, 0])])),
+                kind != Kind::Setup,
+                "{kind:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn only_its_own_ioctls_are_a_threads() {
+        let may = |kind, request| !killed(under(kind, &[(libc::SYS_ioctl, [-1, request, 0])]));
+        const RUN: c_long = 0xae80;
+        const CREATE_VM: c_long = 0xae01;
+        assert!(may(Kind::Vcpu, RUN) && !may(Kind::Control, RUN) && !may(Kind::Device(ThreadKind::Block), RUN));
+        assert!(may(Kind::Setup, CREATE_VM) && !may(Kind::Vcpu, CREATE_VM) && !may(Kind::Control, CREATE_VM));
+    }
+}
