@@ -1,2 +1,148 @@
-//! Under construction.
-fn main() {}
+//! The flint-vmm program: takes its descriptors, jails itself, serves.
+
+use std::fs::File;
+use std::io::Write;
+use std::os::fd::{FromRawFd, OwnedFd, RawFd};
+use std::process::ExitCode;
+use std::time::Instant;
+
+use clap::Parser;
+use flint_api::vmm::ExitReason;
+use flint_vmm::control::{End, Server, commands};
+use flint_vmm::dial;
+use flint_vmm::exit::{Exit, ExitLatch};
+use flint_vmm::jail::{self, Confine, Placed};
+use flint_vmm::machine::Shell;
+use flint_vmm::vcpu::thread::install_kick;
+use kvm_ioctls::Kvm;
+use prost::Message;
+use thiserror::Error;
+
+/// One sandbox: a jailed process with one virtual machine, driven over its control socket. Started by flintd.
+#[derive(Debug, Parser)]
+#[command(name = "flint-vmm", version)]
+struct Arguments {
+    /// Sandbox id, for logs and process lists.
+    #[arg(long)]
+    id: String,
+    /// A listening SOCK_SEQPACKET unix socket.
+    #[arg(long)]
+    control_fd: RawFd,
+    /// A file that gets the serialized `Exited` message at the end.
+    #[arg(long)]
+    exit_fd: RawFd,
+    /// User to become.
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
+    uid: u32,
+    /// Group to become.
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
+    gid: u32,
+    /// No user change, namespaces, Landlock or seccomp: for debugging only.
+    #[arg(long)]
+    no_jail: bool,
+}
+
+#[derive(Debug, Error)]
+enum Error {
+    #[error("--{name} {fd}: not an open file descriptor of this process above 2, or named twice")]
+    Descriptor { name: &'static str, fd: RawFd },
+    #[error("opening /dev/kvm: is KVM loaded, and may this user open it? `flint doctor` tells more")]
+    Kvm(#[source] kvm_ioctls::Error),
+    #[error(transparent)]
+    Jail(#[from] jail::Error),
+    #[error("the jailed process could not be set up; its own message is above")]
+    Child,
+    #[error("{what}")]
+    Host { what: &'static str, source: std::io::Error },
+}
+
+fn main() -> ExitCode {
+    let born = Instant::now();
+    let arguments = Arguments::parse();
+    std::panic::set_hook(Box::new(|info| eprintln!("flint-vmm: {info}")));
+    let (listener, mut exit_file) = match descriptors(&arguments) {
+        Ok(pair) => pair,
+        Err(error) => return report(&arguments.id, &error),
+    };
+    match run(&arguments, listener, born) {
+        Ok(None) => ExitCode::SUCCESS,
+        Ok(Some(end)) => finish(&arguments.id, &mut exit_file, &end.exit),
+        Err(error @ Error::Child) => report(&arguments.id, &error),
+        Err(error) => {
+            report(&arguments.id, &error);
+            finish(
+                &arguments.id,
+                &mut exit_file,
+                &Exit::new(ExitReason::VmmError, commands::chain(&error)),
+            )
+        }
+    }
+}
+
+/// Takes the two descriptors and closes all others above standard error.
+fn descriptors(arguments: &Arguments) -> Result<(OwnedFd, File), Error> {
+    let (control, exit) = (arguments.control_fd, arguments.exit_fd);
+    for (name, fd) in [("control-fd", control), ("exit-fd", exit)] {
+        // SAFETY: F_GETFD only asks.
+        if fd <= 2 || control == exit || unsafe { libc::fcntl(fd, libc::F_GETFD) } < 0 {
+            return Err(Error::Descriptor { name, fd });
+        }
+    }
+    let (low, high) = (control.min(exit), control.max(exit));
+    for (first, last) in [(3, low - 1), (low + 1, high - 1), (high + 1, i32::MAX)] {
+        if first <= last {
+            // SAFETY: this program has opened nothing above standard error yet, so nobody owns these descriptors.
+            unsafe { libc::syscall(libc::SYS_close_range, first, last, 0) };
+        }
+    }
+    // SAFETY: both are open, above standard error, different, and nobody else's.
+    unsafe { Ok((OwnedFd::from_raw_fd(control), File::from_raw_fd(exit))) }
+}
+
+/// Serves the sandbox to its end. None: this is the launcher, and its child serves.
+fn run(arguments: &Arguments, listener: OwnedFd, born: Instant) -> Result<Option<End>, Error> {
+    let host = |what| move |source| Error::Host { what, source };
+    let kvm = Kvm::new().map_err(Error::Kvm)?;
+    let ready = if arguments.no_jail {
+        None
+    } else {
+        match jail::enter(arguments.uid, arguments.gid)? {
+            Placed::Launcher { child_in_place: true } => return Ok(None),
+            Placed::Launcher { child_in_place: false } => return Err(Error::Child),
+            Placed::Jailed(ready) => {
+                jail::landlock()?;
+                Some(ready)
+            }
+        }
+    };
+    let exit = ExitLatch::new().map_err(host("making the exit latch"))?;
+    let (_dialer, dials) = dial::channel().map_err(host("making the dial channel"))?;
+    install_kick().map_err(host("installing the kick signal"))?;
+    let confine = match ready {
+        None => Confine::off(),
+        Some(ready) => {
+            let confine = Confine::on()?;
+            ready.tell().map_err(host("telling the launcher"))?;
+            confine
+        }
+    };
+    let server = Server::new(listener, exit.clone(), dials, confine.clone(), born)
+        .map_err(host("serving the control socket"))?;
+    Ok(Some(server.serve(Shell::new(kvm, exit, confine))))
+}
+
+/// Leaves the last word in the exit file, and the process.
+fn finish(id: &str, exit_file: &mut File, exit: &Exit) -> ExitCode {
+    if let Err(error) = exit_file.write_all(&exit.to_message().encode_to_vec()) {
+        eprintln!("flint-vmm {id}: writing the exit file: {error}");
+    }
+    eprintln!("flint-vmm {id}: {}: {}", exit.reason.as_str_name(), exit.detail);
+    // Not a return: threads of vCPUs and devices end here, wherever they are.
+    std::process::exit(exit.code())
+}
+
+fn report(id: &str, error: &Error) -> ExitCode {
+    eprintln!("flint-vmm {id}: {}", commands::chain(error));
+    // 64 + VMM_ERROR fits a byte.
+    ExitCode::from(70)
+}

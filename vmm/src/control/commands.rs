@@ -1,0 +1,318 @@
+//! Requests of the control protocol, carried out on the machine in its phase.
+
+use std::error::Error as StdError;
+use std::fmt::Write;
+use std::fs::File;
+use std::io;
+use std::os::fd::OwnedFd;
+
+use flint_api::vmm::error::Code;
+use flint_api::vmm::request::Command;
+use flint_api::vmm::state::Phase as WirePhase;
+use flint_api::vmm::{self, BindDisk, CreateMachine, LoadKernel, bind_disk};
+use flint_snapshots::device::ImageDevice;
+
+use crate::boot;
+use crate::machine::config::Config;
+use crate::machine::{self, Created, Machine, Paused, Running, Shell};
+use crate::virtio::DeviceError;
+use crate::virtio::block::{BlockResource, ImageSource};
+use crate::virtio::rate_limit::RateLimit;
+
+/// The machine in the phase that it is in.
+pub enum Phase {
+    /// No machine yet.
+    Shell(Shell),
+    /// Made, not started.
+    Created(Created),
+    /// The guest runs.
+    Running(Running),
+    /// The guest stands still.
+    Paused(Paused),
+}
+
+/// What a request comes to, if it is not refused.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Answer {
+    /// Done.
+    Ok,
+    /// The phase and the counters.
+    State(WirePhase, Vec<(String, u64)>),
+    /// Done; the sandbox is to end.
+    Stop,
+}
+
+/// A refusal, as it goes over the wire.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Failure {
+    /// Its kind.
+    pub code: Code,
+    /// What was being done and what went wrong.
+    pub message: String,
+}
+
+impl Failure {
+    /// A request that is wrong in itself.
+    pub fn invalid(message: impl Into<String>) -> Self {
+        Self {
+            code: Code::Invalid,
+            message: message.into(),
+        }
+    }
+
+    fn of(code: Code, error: &dyn StdError) -> Self {
+        Self {
+            code,
+            message: chain(error),
+        }
+    }
+}
+
+impl From<machine::Error> for Failure {
+    fn from(error: machine::Error) -> Self {
+        use machine::Error as E;
+        let code = match &error {
+            E::Kvm { .. } | E::Vcpu(_) | E::Place(machine::devices::Error::Kvm { .. }) => Code::Kvm,
+            E::NoSlot { .. } | E::Boot(boot::Error::CommandLine(_)) => Code::Invalid,
+            E::Device {
+                source: DeviceError::AlreadyBound,
+                ..
+            } => Code::Invalid,
+            E::NoKernel => Code::WrongPhase,
+            E::Memory(_) | E::Boot(_) | E::Acpi(_) | E::Serial(_) | E::Device { .. } => Code::Resource,
+            E::Place(_) | E::Bus(_) | E::Host { .. } => Code::Internal,
+        };
+        Self::of(code, &error)
+    }
+}
+
+/// An error with all its causes, outermost first.
+pub fn chain(error: &dyn StdError) -> String {
+    let mut message = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        // Writing to a String does not fail.
+        let _ = write!(message, ": {error}");
+        cause = error.source();
+    }
+    message
+}
+
+type Outcome = (Phase, Result<Answer, Failure>);
+
+impl Phase {
+    /// Carries a request out. The phase that comes back is the one to go on with, whether it was refused or not.
+    pub fn handle(self, command: Command, fds: Vec<OwnedFd>) -> Outcome {
+        let fds = match Fds::check(&command, fds) {
+            Ok(fds) => fds,
+            Err(failure) => return (self, Err(failure)),
+        };
+        match command {
+            Command::CreateMachine(message) => self.create(message),
+            Command::LoadKernel(message) => self.load_kernel(&message, fds),
+            Command::BindDisk(message) => self.bind(|machine| bind_disk(machine, &message, fds)),
+            Command::BindNet(_) => self.bind(|_| Err(Failure::invalid("the machine has no net slot"))),
+            Command::BindVsock(_) => self.bind(|_| Err(Failure::invalid("the machine has no vsock device"))),
+            Command::BindSerial(_) => self.bind(|machine| fds.only(|fd| Ok(machine.bind_serial(fd)?))),
+            Command::Start(_) => self.start(),
+            Command::Pause(_) => self.pause(),
+            Command::Resume(_) => self.resume(),
+            Command::Stop(_) => (self, Ok(Answer::Stop)),
+            Command::GetState(_) => {
+                let state = self.state();
+                (self, Ok(state))
+            }
+        }
+    }
+
+    fn create(self, message: CreateMachine) -> Outcome {
+        let Self::Shell(shell) = self else {
+            return self.wrong("CreateMachine", "before there is a machine");
+        };
+        let config = match Config::try_from(message) {
+            Ok(config) => config,
+            Err(error) => return (Self::Shell(shell), Err(Failure::of(Code::Invalid, &error))),
+        };
+        match shell.create(&config) {
+            Ok(created) => (Self::Created(created), Ok(Answer::Ok)),
+            Err((shell, error)) => (Self::Shell(shell), Err(error.into())),
+        }
+    }
+
+    fn load_kernel(self, message: &LoadKernel, fds: Fds) -> Outcome {
+        let Self::Created(mut created) = self else {
+            return self.wrong("LoadKernel", "between CreateMachine and Start");
+        };
+        let mut files = fds.0.into_iter().map(File::from);
+        // Fds::check counted them.
+        let Some(kernel) = files.next() else {
+            return (
+                Self::Created(created),
+                Err(Failure::invalid("LoadKernel without a kernel")),
+            );
+        };
+        let request = boot::Request {
+            kernel,
+            initrd: files.next(),
+            cmdline: &message.cmdline,
+        };
+        let outcome = created.load_kernel(request);
+        (
+            Self::Created(created),
+            outcome.map(|()| Answer::Ok).map_err(Failure::from),
+        )
+    }
+
+    fn start(self) -> Outcome {
+        let Self::Created(created) = self else {
+            return self.wrong("Start", "once, after CreateMachine and LoadKernel");
+        };
+        match created.start() {
+            Ok(running) => (Self::Running(running), Ok(Answer::Ok)),
+            Err((created, error)) => (Self::Created(created), Err(error.into())),
+        }
+    }
+
+    fn pause(self) -> Outcome {
+        let Self::Running(running) = self else {
+            return self.wrong("Pause", "while the guest runs");
+        };
+        match running.pause() {
+            Ok(paused) => (Self::Paused(paused), Ok(Answer::Ok)),
+            Err((running, error)) => (Self::Running(running), Err(error.into())),
+        }
+    }
+
+    fn resume(self) -> Outcome {
+        let Self::Paused(paused) = self else {
+            return self.wrong("Resume", "after Pause");
+        };
+        match paused.resume() {
+            Ok(running) => (Self::Running(running), Ok(Answer::Ok)),
+            Err((paused, error)) => (Self::Paused(paused), Err(error.into())),
+        }
+    }
+
+    fn bind(self, bind: impl FnOnce(&Machine) -> Result<(), Failure>) -> Outcome {
+        let Some(machine) = self.machine() else {
+            return self.wrong("Bind", "after CreateMachine");
+        };
+        let outcome = bind(machine);
+        (self, outcome.map(|()| Answer::Ok))
+    }
+
+    fn machine(&self) -> Option<&Machine> {
+        match self {
+            Self::Shell(_) => None,
+            Self::Created(created) => Some(created.as_ref()),
+            Self::Running(running) => Some(running.as_ref()),
+            Self::Paused(paused) => Some(paused.as_ref()),
+        }
+    }
+
+    fn state(&self) -> Answer {
+        Answer::State(self.wire(), self.machine().map(Machine::counters).unwrap_or_default())
+    }
+
+    fn wire(&self) -> WirePhase {
+        match self {
+            Self::Shell(_) => WirePhase::Shell,
+            Self::Created(_) => WirePhase::Created,
+            Self::Running(_) => WirePhase::Running,
+            Self::Paused(_) => WirePhase::Paused,
+        }
+    }
+
+    fn wrong(self, step: &str, allowed: &str) -> Outcome {
+        let message = format!(
+            "{step} is allowed {allowed}; the machine is in phase {}",
+            self.wire().as_str_name()
+        );
+        (
+            self,
+            Err(Failure {
+                code: Code::WrongPhase,
+                message,
+            }),
+        )
+    }
+}
+
+/// The descriptors of a request, as many as it needs.
+struct Fds(Vec<OwnedFd>);
+
+impl Fds {
+    fn check(command: &Command, fds: Vec<OwnedFd>) -> Result<Self, Failure> {
+        let (name, least, most) = match command {
+            Command::LoadKernel(message) if message.has_initrd => ("LoadKernel with initrd", 2, 2),
+            Command::LoadKernel(_) => ("LoadKernel without initrd", 1, 1),
+            Command::BindDisk(message) => match message.source {
+                Some(bind_disk::Source::Image(_)) => ("BindDisk of an image", 1, vmm::MAX_FDS),
+                _ => ("BindDisk of a file", 1, 1),
+            },
+            Command::BindNet(_) => ("BindNet", 1, 1),
+            Command::BindVsock(_) => ("BindVsock", 1, 1),
+            Command::BindSerial(_) => ("BindSerial", 1, 1),
+            _ => ("this request", 0, 0),
+        };
+        if (least..=most).contains(&fds.len()) {
+            return Ok(Self(fds));
+        }
+        let wanted = if least == most {
+            least.to_string()
+        } else {
+            format!("{least} to {most}")
+        };
+        Err(Failure::invalid(format!(
+            "{name} takes {wanted} file descriptors, {} came",
+            fds.len()
+        )))
+    }
+
+    fn only(self, take: impl FnOnce(OwnedFd) -> Result<(), Failure>) -> Result<(), Failure> {
+        match self.0.into_iter().next() {
+            Some(fd) => take(fd),
+            None => Err(Failure::invalid("a file descriptor is missing")),
+        }
+    }
+}
+
+fn bind_disk(machine: &Machine, message: &BindDisk, fds: Fds) -> Result<(), Failure> {
+    let limit = message.rate_limit.map(rate_limit).unwrap_or_default();
+    let mut files = fds.0.into_iter().map(File::from);
+    let (Some(source), Some(first)) = (&message.source, files.next()) else {
+        return Err(Failure::invalid("BindDisk names no source"));
+    };
+    let disk = match source {
+        bind_disk::Source::RawFile(raw) => BlockResource::raw_file(first, raw.direct, limit),
+        bind_disk::Source::Image(_) => {
+            let image =
+                ImageDevice::open(first, files.collect()).map_err(|error| Failure::of(Code::Resource, &error))?;
+            BlockResource::image(Box::new(Image(image)), limit)
+        }
+    };
+    let disk = disk.map_err(|error| Failure::of(Code::Resource, &error))?;
+    Ok(machine.bind_disk(message.slot, disk)?)
+}
+
+/// An image from the chunk store as a disk's contents.
+struct Image(ImageDevice);
+
+impl ImageSource for Image {
+    fn size(&self) -> u64 {
+        self.0.size()
+    }
+
+    fn read_at(&mut self, offset: u64, data: &mut [u8]) -> io::Result<()> {
+        self.0.read_at(offset, data).map_err(io::Error::other)
+    }
+}
+
+fn rate_limit(limit: vmm::RateLimit) -> RateLimit {
+    RateLimit {
+        bytes_per_second: limit.bytes_per_second,
+        operations_per_second: limit.operations_per_second,
+        burst_bytes: limit.burst_bytes,
+        burst_operations: limit.burst_operations,
+    }
+}
