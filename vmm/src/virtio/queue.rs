@@ -72,6 +72,7 @@ impl VirtQueue {
                 .next();
             let Some(chain) = next else { return Ok(None) };
             self.budget -= 1;
+            self.held_back = false;
             let head = chain.head_index();
             match Chain::read(chain, &self.memory, self.queue.size()) {
                 Ok(chain) => return Ok(Some(chain)),

@@ -5,6 +5,8 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileTypeExt;
 
+use flint_snapshots::device::ImageDevice;
+
 use super::engine::Engine;
 use super::request::SECTOR_BYTES;
 use crate::virtio::device::DeviceError;
@@ -20,6 +22,16 @@ pub trait ImageSource: Send {
     /// # Errors
     /// When the contents cannot be had, or are not what they should be.
     fn read_at(&mut self, offset: u64, data: &mut [u8]) -> io::Result<()>;
+}
+
+impl ImageSource for ImageDevice {
+    fn size(&self) -> u64 {
+        Self::size(self)
+    }
+
+    fn read_at(&mut self, offset: u64, data: &mut [u8]) -> io::Result<()> {
+        Self::read_at(self, offset, data).map_err(io::Error::other)
+    }
 }
 
 /// How reads and writes reach the data.
@@ -71,7 +83,7 @@ impl BlockResource {
         Self::new(Backend::Raw(Box::new(engine)), size, read_only, limit)
     }
 
-    /// An image.
+    /// An image: any [`ImageSource`], as [`ImageDevice::open`] makes one of a device table and its packs.
     ///
     /// # Errors
     /// When the process is out of file descriptors.
