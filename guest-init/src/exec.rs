@@ -48,6 +48,9 @@ const END_OF_TRANSMISSION: &[u8] = &[4];
 /// Where answers go.
 pub type Answers = mpsc::Sender<Result<ExecResponse, Status>>;
 
+/// Makes bytes a frame of one of the streams.
+type Wrap = fn(Vec<u8>) -> Answer;
+
 /// Serves one call from its first frame to the program's end.
 pub async fn serve(containers: Containers, mut requests: Streaming<ExecRequest>, answers: Answers) {
     let outcome = match first_frame(&mut requests).await {
@@ -147,7 +150,7 @@ fn connect(
     stopped: &watch::Receiver<bool>,
     pumps: &mut JoinSet<()>,
 ) -> io::Result<Stdin> {
-    let mut sources: Vec<(StreamFd, fn(Vec<u8>) -> Answer)> = Vec::new();
+    let mut sources: Vec<(StreamFd, Wrap)> = Vec::new();
     let stdin = match terminal {
         Some(master) => {
             let writer = StreamFd::writing(master.try_clone()?)?;
@@ -173,7 +176,7 @@ fn connect(
 }
 
 /// Carries one stream to the client, no faster than it takes it.
-async fn pump(source: StreamFd, wrap: fn(Vec<u8>) -> Answer, answers: Answers, mut stopped: watch::Receiver<bool>) {
+async fn pump(source: StreamFd, wrap: Wrap, answers: Answers, mut stopped: watch::Receiver<bool>) {
     let mut buffer = vec![0; FRAME];
     loop {
         let read = tokio::select! {

@@ -5,7 +5,7 @@
 //!           /scratch/<serial>           a scratch disk's ext4; "memory" is a tmpfs in its place
 //!               containers/<id>/{upper,work}, pods/<name>
 //!           /memory/<name>              pod directories that are kept in memory
-//!           /containers/<id>/           request, config.json, rootfs (the overlay), console.sock
+//!           /containers/<id>/           request, config.json, rootfs (the overlay), tty.sock
 //!           /oci/<id>/                  libcontainer's own state; notify.sock starts the container
 //!           /etc/{resolv.conf,hosts,hostname,machine-id}   bound into every container
 //!           /shm                        the pod's /dev/shm
@@ -152,6 +152,6 @@ mod tests {
     fn the_longest_name_leaves_room_for_its_notify_socket() {
         let name = Name::parse("container", &"x".repeat(64)).unwrap();
         assert!(oci_state(&name).join("notify.sock").as_os_str().len() < 108);
-        assert!(bundle(&name).join("console-4294967295.sock").as_os_str().len() < 108);
+        assert!(bundle(&name).join("tty-4294967295.sock").as_os_str().len() < 108);
     }
 }

@@ -192,7 +192,7 @@ impl Guest for GuestService {
         let request = request.into_inner();
         let container = self.0.containers.get(&request.container_id)?;
         // Acknowledges now, and refuses a wrong offset as the call's own error.
-        drop(container.output.read_from(request.from_offset).map_err(bad_offset)?);
+        container.output.read_from(request.from_offset)?;
         let (sender, receiver) = mpsc::channel(QUEUE);
         tokio::spawn(async move {
             // Another reader's acknowledgement in between makes this offset too old: this stream then just ends.
@@ -271,10 +271,12 @@ fn output_chunk(chunk: output::Chunk) -> OutputChunk {
     }
 }
 
-fn bad_offset(error: BadOffset) -> Status {
-    match error {
-        BadOffset::Forgotten { .. } => Status::out_of_range(error.to_string()),
-        BadOffset::Ahead { .. } => Status::invalid_argument(error.to_string()),
+impl From<BadOffset> for Status {
+    fn from(error: BadOffset) -> Self {
+        match error {
+            BadOffset::Forgotten { .. } => Self::out_of_range(error.to_string()),
+            BadOffset::Ahead { .. } => Self::invalid_argument(error.to_string()),
+        }
     }
 }
 

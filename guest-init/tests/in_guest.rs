@@ -4,6 +4,8 @@
 //! /dev/vhost-vsock; `guest-init/tests/run` makes the guest's files and runs this in the emulated host.
 //! FLINT_GUEST_KERNEL, FLINT_GUEST_INITRD, FLINT_GUEST_IMAGE and FLINT_GUEST_SCRATCH name the files.
 
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test")]
+
 use std::{
     env,
     fs::File,

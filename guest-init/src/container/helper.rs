@@ -229,7 +229,7 @@ pub fn window_size(size: flint_api::guest::TerminalSize) -> (u16, u16) {
 
 /// Where PID 1 listens for the terminal of a container, or of one of its execs.
 pub fn console_socket(id: &Name, exec: Option<u32>) -> PathBuf {
-    paths::bundle(id).join(exec.map_or("console.sock".to_owned(), |number| format!("console-{number}.sock")))
+    paths::bundle(id).join(exec.map_or("tty.sock".to_owned(), |number| format!("tty-{number}.sock")))
 }
 
 fn builder(

@@ -144,12 +144,14 @@ impl Launch<'_> {
         if let Some(pid) = self.pause {
             command.arg(format!("pause={pid}"));
         }
-        spawn(&mut command)
+        let pid = spawn(&mut command);
+        // Its only writers are the helper's now: the pipe ends with them.
+        drop(report);
+        pid
     }
 }
 
 /// Starts a child that the reaper will wait for.
-#[expect(clippy::zombie_processes, reason = "PID 1 reaps every child by its reaper")]
 pub fn spawn(command: &mut Command) -> io::Result<i32> {
     let child = command.spawn()?;
     i32::try_from(child.id()).map_err(|_| io::Error::other("a pid that is no pid_t"))

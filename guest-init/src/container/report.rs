@@ -135,7 +135,7 @@ mod tests {
         let (reader, writer) = pipe2(OFlag::O_CLOEXEC).unwrap();
         let writer = StreamFd::writing(writer).unwrap();
         let mut reports = Reports::new(StreamFd::reading(reader).unwrap());
-        let endless = vec![b'x'; 2 * MAX_REPORT];
+        let endless = vec![b'x'; 8 * MAX_REPORT];
         tokio::select! {
             _ = writer.write_all(&endless) => panic!("nobody reads so much"),
             report = reports.next() => assert_eq!(report, None),

@@ -141,7 +141,7 @@ impl Storage {
                     flags,
                     Some("mode=0700".to_owned()),
                 )
-                .await?
+                .await?;
             }
         }
         for folder in ["containers", "pods"] {
