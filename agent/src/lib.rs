@@ -9,9 +9,20 @@
 //!    |   journal  every change: to the store first, then to the watchers
 //!   probe/     what this host can do, measured
 //!   backend    what pods need from below: sandboxes and images, as two traits
+//!    |
+//!   sandbox/   microVMs: launch, guard, take over, end
+//!    |   \   \
+//!    |   \   network/  bridge, addresses, taps, rules
+//!    |   cgroup, scratch   what bounds a sandbox
+//!   process    a VMM in its cgroup, named by pidfd
 //! ```
 //!
 //! `README.md` in this crate follows one pod through these modules.
 
+pub mod cgroup;
+pub mod network;
 pub mod probe;
+pub mod process;
+pub mod sandbox;
+pub mod scratch;
 pub mod timeline;

@@ -1,0 +1,163 @@
+//! The pods' network on one host: a bridge, an address from the host's range and a tap for each sandbox.
+//!
+//! ```text
+//!   guest eth0 -- flint-vmm -- tap flt0a580002 --+
+//!   guest eth0 -- flint-vmm -- tap flt0a580003 --+-- flint0 10.88.0.1/16 -- routing, masquerade -- the host's uplink
+//! ```
+//!
+//! - [`addresses`]: which address is whose. Name and MAC of a tap follow from its address, so a reused address never meets
+//!   a stale ARP entry.
+//! - [`links`]: bridge and taps, by rtnetlink. A tap is not persistent: it goes with the last descriptor on it, the
+//!   VMM's, so none outlives its sandbox whoever was killed when.
+//! - [`rules`]: nftables. Masquerading, and a guard on the bridge that lets a tap send from its own addresses only.
+//!
+//! Everything is done in the network namespace of the thread that called [`Network::start`].
+
+pub mod addresses;
+mod links;
+mod rules;
+
+use std::{
+    io,
+    net::Ipv4Addr,
+    os::fd::OwnedFd,
+    sync::{Arc, Mutex, PoisonError},
+};
+
+use thiserror::Error;
+
+pub use self::addresses::{Lease, Range};
+use self::{addresses::Addresses, links::Links};
+
+/// What the network is made of.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// Name of the bridge, at most 15 bytes.
+    pub bridge: String,
+    /// The first address is the host's own, the others are the pods'.
+    pub range: Range,
+    /// Of bridge, taps and guests.
+    pub mtu: u32,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            bridge: "flint0".into(),
+            range: Range::DEFAULT,
+            mtu: 1500,
+        }
+    }
+}
+
+/// Something about the network failed.
+#[derive(Debug, Error)]
+pub enum NetworkError {
+    /// A range cannot be used.
+    #[error("{0:?} is no usable range of pod addresses: give IPv4 in CIDR notation with a prefix of 8 to 29")]
+    Range(String),
+    /// All addresses are in use.
+    #[error("all {0} pod addresses of this host are in use: give flintd a larger range")]
+    Exhausted(u32),
+    /// The address is not in the range, or has an owner.
+    #[error("the pod address {0} is outside this host's range or already in use")]
+    Taken(Ipv4Addr),
+    /// rtnetlink refused.
+    #[error("could not {action} the interface {name} (flintd needs CAP_NET_ADMIN)")]
+    Link {
+        /// What was tried.
+        action: &'static str,
+        /// On which interface.
+        name: String,
+        /// Why not.
+        #[source]
+        source: Box<rtnetlink::Error>,
+    },
+    /// No netlink socket, no tap device or no sysctl.
+    #[error("could not {0}")]
+    System(&'static str, #[source] io::Error),
+    /// The nft program is missing.
+    #[error("nft cannot be run: install the package nftables")]
+    NoNft(#[source] io::Error),
+    /// nft refused.
+    #[error("nft could not {action}: {output}")]
+    Nft {
+        /// What was tried.
+        action: &'static str,
+        /// What it said.
+        output: String,
+    },
+}
+
+/// The network of this host's pods.
+#[derive(Debug)]
+pub struct Network {
+    config: Config,
+    links: Links,
+    addresses: Arc<Mutex<Addresses>>,
+}
+
+impl Network {
+    /// Makes the bridge and the rules, or takes over those that are there. `survivors` are the addresses of sandboxes that
+    /// still run: their leases come back in the same order, and their traffic is never interrupted.
+    pub async fn start(config: Config, survivors: &[Ipv4Addr]) -> Result<(Self, Vec<Lease>), NetworkError> {
+        let addresses = Arc::new(Mutex::new(Addresses::new(config.range)));
+        let leases = survivors
+            .iter()
+            .map(|address| Lease::reserve(&addresses, *address))
+            .collect::<Result<Vec<_>, _>>()?;
+        let links = Links::start(&config).await?;
+        std::fs::write("/proc/sys/net/ipv4/ip_forward", "1")
+            .map_err(|error| NetworkError::System("switch on net.ipv4.ip_forward", error))?;
+        rules::apply(&config, survivors).await?;
+        Ok((
+            Self {
+                config,
+                links,
+                addresses,
+            },
+            leases,
+        ))
+    }
+
+    /// What it was started with.
+    pub fn config(&self) -> &Config {
+        &self.config
+    }
+
+    /// The host's address on the bridge: the pods' gateway.
+    pub fn gateway(&self) -> Ipv4Addr {
+        self.config.range.gateway()
+    }
+
+    /// Takes a free address. In memory only: cheap.
+    pub fn lease(&self) -> Result<Lease, NetworkError> {
+        Lease::take(&self.addresses)
+    }
+
+    /// How many addresses are in use.
+    pub fn leased(&self) -> usize {
+        self.addresses.lock().unwrap_or_else(PoisonError::into_inner).used()
+    }
+
+    /// Makes the tap of a leased address: on the bridge, guarded, up. Closing the last copy of the descriptor removes it.
+    pub async fn plug(&self, address: Ipv4Addr) -> Result<OwnedFd, NetworkError> {
+        // The guard first: from its first moment the tap sends nothing but what it may.
+        rules::allow(address).await?;
+        self.links.add_tap(&addresses::tap_name_of(address)).await
+    }
+
+    /// Takes back what [`plug`](Network::plug) allowed. The tap itself goes with its descriptors. May be repeated.
+    pub async fn unplug(&self, address: Ipv4Addr) -> Result<(), NetworkError> {
+        rules::forbid(address).await
+    }
+
+    /// Removes rules and bridge. Only when no sandbox is left.
+    pub async fn remove(self) -> Result<(), NetworkError> {
+        rules::remove().await?;
+        self.links.remove().await
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,344 @@
+//! One task for each sandbox: it owns what the sandbox holds on this host, follows the VMM, says why it ended and removes
+//! everything. Whoever starts the sandbox may fail or be cancelled at any step: the task sees that and cleans up alike.
+
+use std::{
+    fs,
+    os::unix::process::ExitStatusExt,
+    path::Path,
+    process::ExitStatus,
+    sync::{Arc, OnceLock},
+    time::Duration,
+};
+
+use flint_api::{
+    guest::PORT,
+    vmm::{self, EXIT_CODE_BASE, ExitReason},
+};
+use nix::sys::signal::Signal;
+use prost::Message;
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio_util::sync::{CancellationToken, DropGuard};
+
+use super::{Exited, SandboxError, control::VmmEvent, intent::Folder, uids::Uid};
+use crate::{
+    cgroup::Cgroup,
+    network::{Lease, Network},
+    process::Process,
+};
+
+/// How long a VMM that has closed its control connection may take to end by itself, and leave its exit file.
+const LAST_WORDS_TIMEOUT: Duration = Duration::from_secs(5);
+/// How much of each log goes into an error.
+const LOG_TAIL_BYTES: usize = 1024;
+
+/// What a sandbox holds on this host. Scratch disk and tap are not here: they go with the VMM's descriptors.
+#[derive(Debug)]
+pub(super) struct Held {
+    pub folder: Folder,
+    pub cgroup: Cgroup,
+    pub lease: Option<Lease>,
+    pub network: Arc<Network>,
+    pub uid: Uid,
+}
+
+/// A VMM that answers.
+#[derive(Debug)]
+pub(super) struct Attached {
+    pub events: mpsc::Receiver<VmmEvent>,
+    pub process: Process,
+}
+
+/// Tells the supervisor that a VMM answers. Dropped unused, it tells that none ever will: so whoever may still be making a
+/// process holds on to it.
+pub(super) type Attach = oneshot::Sender<Attached>;
+
+/// The end of a sandbox: to bring it about, and to wait for it.
+#[derive(Clone, Debug)]
+pub(super) struct End {
+    kill: CancellationToken,
+    exited: watch::Receiver<Option<Exited>>,
+    dialled: watch::Receiver<bool>,
+    log: Arc<OnceLock<String>>,
+}
+
+impl End {
+    pub(super) fn kill(&self) {
+        self.kill.cancel();
+    }
+
+    /// Kills the sandbox when it is dropped, unless it is disarmed.
+    pub(super) fn kill_on_drop(&self) -> DropGuard {
+        self.kill.clone().drop_guard()
+    }
+
+    pub(super) fn watch(&self) -> watch::Receiver<Option<Exited>> {
+        self.exited.clone()
+    }
+
+    pub(super) async fn wait(&self) -> Exited {
+        let mut exited = self.exited.clone();
+        let lost = || Exited {
+            reason: ExitReason::Unspecified,
+            detail: "flintd is shutting down".into(),
+        };
+        // The task says so before it ends; it is only cut short together with the whole runtime.
+        exited
+            .wait_for(Option::is_some)
+            .await
+            .ok()
+            .and_then(|exited| exited.clone())
+            .unwrap_or_else(lost)
+    }
+
+    /// Waits until flint-init has dialled; false if the sandbox has ended instead.
+    pub(super) async fn dialled(&self) -> bool {
+        let mut dialled = self.dialled.clone();
+        dialled.wait_for(|dialled| *dialled).await.is_ok()
+    }
+
+    /// The last lines of the logs; empty until the end.
+    pub(super) fn log(&self) -> String {
+        self.log.get().cloned().unwrap_or_default()
+    }
+}
+
+impl From<vmm::Exited> for Exited {
+    fn from(exited: vmm::Exited) -> Self {
+        Self {
+            reason: exited.reason(),
+            detail: exited.detail,
+        }
+    }
+}
+
+/// Starts the task. From here on `held` is its business alone.
+pub(super) fn supervise(held: Held) -> (End, Attach) {
+    let (attach, attached) = oneshot::channel();
+    let (exited_sender, exited) = watch::channel(None);
+    let (dialled_sender, dialled) = watch::channel(false);
+    let end = End {
+        kill: CancellationToken::new(),
+        exited,
+        dialled,
+        log: Arc::default(),
+    };
+    let task_end = (end.kill.clone(), Arc::clone(&end.log));
+    tokio::spawn(async move {
+        let (kill, log) = task_end;
+        let course = match attached.await {
+            Ok(attached) => follow(attached, &kill, &dialled_sender).await,
+            Err(_) => Course::default(),
+        };
+        drop(dialled_sender);
+        let exited = conclude(held, course, &log).await;
+        exited_sender.send_replace(Some(exited));
+    });
+    (end, attach)
+}
+
+/// How it went until somebody has to clean up.
+#[derive(Debug, Default)]
+struct Course {
+    said: Option<Exited>,
+    process: Option<Process>,
+    /// Known once the process has ended by itself; the inner one is known of children only.
+    status: Option<Option<ExitStatus>>,
+    why_killed: Option<Exited>,
+}
+
+async fn follow(attached: Attached, kill: &CancellationToken, dialled: &watch::Sender<bool>) -> Course {
+    let Attached { mut events, process } = attached;
+    let mut course = Course::default();
+    loop {
+        tokio::select! {
+            event = events.recv() => match event {
+                Some(VmmEvent::Exited(exited)) => course.said = Some(exited),
+                Some(VmmEvent::Dial(PORT, _)) => { dialled.send_replace(true); }
+                // Nothing on the host answers on other ports; the stream's end says so to the guest.
+                Some(VmmEvent::Dial(..)) => {}
+                None => {
+                    match tokio::time::timeout(LAST_WORDS_TIMEOUT, process.ended()).await {
+                        Ok(status) => course.status = Some(status.unwrap_or(None)),
+                        Err(_) => course.why_killed = Some(broke_off()),
+                    }
+                    break;
+                }
+            },
+            () = kill.cancelled() => {
+                course.why_killed = Some(Exited { reason: ExitReason::Stopped, detail: "stopped by flintd".into() });
+                break;
+            }
+            status = process.ended() => {
+                course.status = Some(status.unwrap_or(None));
+                break;
+            }
+        }
+    }
+    course.process = Some(process);
+    course
+}
+
+fn broke_off() -> Exited {
+    let detail = "the VMM closed its control connection, or broke its protocol, and did not end".into();
+    Exited {
+        reason: ExitReason::VmmError,
+        detail,
+    }
+}
+
+/// Ends what is left, finds out why it ended, and removes what the sandbox held.
+async fn conclude(held: Held, mut course: Course, log: &OnceLock<String>) -> Exited {
+    let cgroup = held.cgroup.clone();
+    let destroyed = tokio::task::spawn_blocking(move || cgroup.destroy()).await;
+    if let (Some(process), None) = (&course.process, course.status) {
+        // Reaps it, if it is a child of ours. Its cgroup is empty, so this does not wait.
+        course.status = Some(process.ended().await.unwrap_or(None));
+    }
+    let _ = log.set(log_tails(&held.folder));
+    let exited = verdict(course, read_exit_file(&held.folder));
+    match destroyed {
+        Ok(Ok(())) => release(held).await,
+        failure => {
+            // Never hand out again what a process that may live still uses. The folder stays: the next flintd tries again.
+            tracing::error!(folder = %held.folder.path("").display(), ?failure, "a sandbox's processes cannot be ended");
+            std::mem::forget(held);
+        }
+    }
+    exited
+}
+
+async fn release(held: Held) {
+    if let Some(lease) = &held.lease
+        && let Err(error) = held.network.unplug(lease.address()).await
+    {
+        tracing::warn!(address = %lease.address(), %error, "a rule for a tap that is gone is still there");
+    }
+    if let Err(error) = held.folder.remove() {
+        tracing::warn!(%error, "a sandbox's folder is still there");
+    }
+}
+
+/// The VMM's own word first, then ours, then what its process status tells.
+fn verdict(course: Course, from_file: Option<Exited>) -> Exited {
+    course
+        .said
+        .or(from_file)
+        .or(course.why_killed)
+        .unwrap_or_else(|| from_status(course.status.flatten()))
+}
+
+/// Why a VMM that said nothing has ended.
+pub(super) fn from_status(status: Option<ExitStatus>) -> Exited {
+    let Some(status) = status else {
+        let detail = "the VMM ended without a word while no flintd was there to see it".into();
+        return Exited {
+            reason: ExitReason::Killed,
+            detail,
+        };
+    };
+    match (status.signal(), status.code()) {
+        (Some(libc::SIGSYS), _) => Exited {
+            reason: ExitReason::Seccomp,
+            detail: "the VMM made a system call outside its filter".into(),
+        },
+        (Some(signal), _) => {
+            let name = Signal::try_from(signal).map_or("a signal without a name", Signal::as_str);
+            Exited {
+                reason: ExitReason::Killed,
+                detail: format!("the VMM was killed by signal {signal} ({name})"),
+            }
+        }
+        (None, Some(code)) => {
+            let detail = format!("the VMM exited with status {code}");
+            let reason = ExitReason::try_from(code.saturating_sub(EXIT_CODE_BASE)).ok();
+            let reason = reason
+                .filter(|reason| *reason != ExitReason::Unspecified)
+                .unwrap_or(ExitReason::VmmError);
+            Exited { reason, detail }
+        }
+        (None, None) => Exited {
+            reason: ExitReason::Unspecified,
+            detail: format!("the VMM ended with {status}"),
+        },
+    }
+}
+
+pub(super) fn read_exit_file(folder: &Folder) -> Option<Exited> {
+    let bytes = fs::read(folder.path("exit")).ok().filter(|bytes| !bytes.is_empty())?;
+    vmm::Exited::decode(bytes.as_slice()).ok().map(Exited::from)
+}
+
+/// The last lines of the VMM's log and of the guest's console.
+pub(super) fn log_tails(folder: &Folder) -> String {
+    ["vmm.log", "serial.log"].map(|name| tail(&folder.path(name))).concat()
+}
+
+fn tail(path: &Path) -> String {
+    use std::io::{Read, Seek, SeekFrom};
+    let mut text = Vec::new();
+    let read = fs::File::open(path).and_then(|mut file| {
+        let length = file.metadata()?.len();
+        file.seek(SeekFrom::Start(length.saturating_sub(LOG_TAIL_BYTES as u64)))?;
+        file.take(LOG_TAIL_BYTES as u64).read_to_end(&mut text)
+    });
+    match read {
+        Ok(1..) => format!(
+            "\n{}: {}",
+            path.file_name().unwrap_or_default().display(),
+            printable(&text)
+        ),
+        _ => String::new(),
+    }
+}
+
+/// A guest chooses what is on its console: no control characters reach a terminal by this way.
+fn printable(text: &[u8]) -> String {
+    let keep = |c: char| if c == '\n' || !c.is_control() { c } else { ' ' };
+    String::from_utf8_lossy(text).trim_end().chars().map(keep).collect()
+}
+
+/// The error of a start that failed: what the VMM died of, where it did; else what the start met.
+pub(super) async fn explain(end: &End, error: SandboxError) -> SandboxError {
+    end.kill();
+    let exited = end.wait().await;
+    match error {
+        SandboxError::Control(_) | SandboxError::Connect(_) | SandboxError::Identity(_) | SandboxError::Died
+            if exited.reason != ExitReason::Stopped =>
+        {
+            SandboxError::Ended { exited, log: end.log() }
+        }
+        other => other,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn reason(raw: i32) -> ExitReason {
+        from_status(Some(ExitStatus::from_raw(raw))).reason
+    }
+
+    #[test]
+    fn the_process_status_tells_why_a_silent_vmm_ended() {
+        assert_eq!(reason(libc::SIGSYS), ExitReason::Seccomp);
+        assert_eq!(reason(libc::SIGSYS | 0x80), ExitReason::Seccomp, "with a core dump");
+        assert_eq!(reason(libc::SIGKILL), ExitReason::Killed);
+        assert_eq!(
+            reason((EXIT_CODE_BASE + ExitReason::Panic as i32) << 8),
+            ExitReason::Panic
+        );
+        assert_eq!(
+            reason(EXIT_CODE_BASE << 8),
+            ExitReason::VmmError,
+            "unspecified is no reason"
+        );
+        assert_eq!(reason(101 << 8), ExitReason::VmmError, "a Rust panic");
+        assert_eq!(from_status(None).reason, ExitReason::Killed);
+    }
+
+    #[test]
+    fn a_guest_cannot_write_to_the_terminal_of_who_reads_an_error() {
+        assert_eq!(printable(b"\x1b[31mboot\r\nfail\x07\n\n"), " [31mboot \nfail");
+    }
+}
