@@ -305,3 +305,56 @@ impl<D: Device> Worker<D> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::virtio::rate_limit::RateLimit;
+    use crate::virtio::rng::Rng;
+    use crate::virtio::testing::{TestQueue, WRITE, activation, memory};
+
+    fn wait_readable(fd: i32) {
+        let mut poll = libc::pollfd {
+            fd,
+            events: libc::POLLIN,
+            revents: 0,
+        };
+        // SAFETY: one valid pollfd.
+        assert_eq!(unsafe { libc::poll(&raw mut poll, 1, -1) }, 1);
+    }
+
+    #[test]
+    fn a_thread_serves_a_driver_until_it_is_reset_and_refuses_a_broken_ring() {
+        let memory = memory();
+        let mut queue = TestQueue::new(&memory, 0x1000, 16);
+        let hook: ThreadHook = Arc::new(|kind| {
+            assert_eq!(kind, ThreadKind::Rng);
+            Ok(())
+        });
+        let handle = DeviceHandle::start("rng", Rng::new(RateLimit::default()).unwrap(), hook).unwrap();
+        let core = handle.core().clone();
+        handle.activate(activation(&memory, 0, &[&queue])).unwrap();
+        queue.add(&[(0x10000, 16, WRITE)]);
+        raise(&core.notify()[0]);
+        wait_readable(core.interrupt.irq().as_raw_fd());
+        assert_eq!(queue.used(), [(0, 16)]);
+        assert!(handle.save().is_err(), "saved while it runs");
+        handle.pause().unwrap();
+        assert!(handle.save().unwrap().guest.is_some());
+        handle.resume().unwrap();
+
+        clear(core.interrupt.irq());
+        queue.set_available(100);
+        raise(&core.notify()[0]);
+        wait_readable(core.interrupt.irq().as_raw_fd());
+        assert!(core.needs_reset());
+        handle.reset().unwrap();
+        assert!(!core.needs_reset());
+    }
+
+    #[test]
+    fn a_hook_that_fails_keeps_the_device_from_starting() {
+        let hook: ThreadHook = Arc::new(|_| Err(io::ErrorKind::PermissionDenied.into()));
+        assert!(DeviceHandle::start("rng", Rng::new(RateLimit::default()).unwrap(), hook).is_err());
+    }
+}
