@@ -65,10 +65,10 @@ impl Bus {
             return Err(bad);
         };
         // Windows do not overlap, so only the last one that starts below `end` can reach into the new one.
-        if let Some((start, window)) = self.windows.range(..end).next_back() {
-            if start + window.size > base {
-                return Err(bad);
-            }
+        if let Some((start, window)) = self.windows.range(..end).next_back()
+            && start + window.size > base
+        {
+            return Err(bad);
         }
         self.windows.insert(base, Window { size, device });
         Ok(())

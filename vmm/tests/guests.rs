@@ -1,5 +1,5 @@
 //! Tiny guests on the real /dev/kvm: what they do ends up where it must, and each end has its own reason.
-#![allow(missing_docs)]
+#![allow(missing_docs, clippy::unwrap_used, clippy::expect_used)]
 
 mod common;
 

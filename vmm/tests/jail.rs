@@ -1,5 +1,5 @@
 //! The jail as the host sees it, and the cost of a VMM.
-#![allow(missing_docs)]
+#![allow(missing_docs, clippy::unwrap_used, clippy::expect_used)]
 
 mod common;
 

@@ -294,7 +294,7 @@ fn put(memory: &GuestMemory, what: &'static str, address: u64, data: &[u8]) -> R
 fn low_memory(memory: &GuestMemory) -> u64 {
     memory
         .iter()
-        .map(|region| region_end(region))
+        .map(region_end)
         .filter(|end| *end <= memory::LOW_MEMORY_END)
         .max()
         .unwrap_or(0)
@@ -375,6 +375,8 @@ pub fn write_tables(memory: &GuestMemory, entry: Entry) -> Result<(), Error> {
 }
 
 /// One PML4, one PDPT, four page directories of 2 MiB pages: the first 4 GiB.
+// All indices are below 6 * 512.
+#[allow(clippy::cast_possible_truncation)]
 fn identity_map() -> Vec<u8> {
     const PRESENT_WRITABLE: u64 = 0b11;
     const LARGE: u64 = 1 << 7;

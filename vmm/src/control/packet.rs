@@ -9,6 +9,7 @@ use flint_api::vmm::{MAX_FDS, MAX_PACKET};
 use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 
 /// Room for the header of a control message and the descriptors.
+#[allow(clippy::cast_possible_truncation)] // 64 descriptors of four bytes
 const CONTROL_BYTES: usize = {
     // SAFETY: CMSG_SPACE only calculates.
     unsafe { libc::CMSG_SPACE((MAX_FDS * size_of::<RawFd>()) as u32) as usize }
