@@ -294,7 +294,8 @@ fn tail(path: &Path) -> String {
 /// A guest chooses what is on its console: no control characters reach a terminal by this way.
 fn printable(text: &[u8]) -> String {
     let keep = |c: char| if c == '\n' || !c.is_control() { c } else { ' ' };
-    String::from_utf8_lossy(text).trim_end().chars().map(keep).collect()
+    let text: String = String::from_utf8_lossy(text).chars().map(keep).collect();
+    text.trim_end().to_owned()
 }
 
 /// The error of a start that failed: what the VMM died of, where it did; else what the start met.
