@@ -804,8 +804,9 @@ async fn leaves_nothing_behind(client: &mut Client) {
         stats.init_rss_bytes, stats.memory_total_bytes
     ));
     assert!(stats.containers.is_empty());
+    let limit: u64 = file("FLINT_GUEST_RSS_LIMIT").parse().unwrap();
     assert!(
-        stats.init_rss_bytes <= 8 << 20,
+        stats.init_rss_bytes <= limit,
         "flint-init takes {} bytes",
         stats.init_rss_bytes
     );
