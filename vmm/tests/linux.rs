@@ -34,12 +34,13 @@ fn boot(vcpus: u32, memory: u64, action: &str) -> (Vec<String>, ExitReason) {
         &[kernel.as_fd(), initrd.as_fd()],
     );
     vmm.ok(Command::Start(Start {}), &[]);
-    let reader = std::thread::spawn(move || BufReader::new(serial).lines().map_while(Result::ok).collect::<Vec<_>>());
+    // Printed as it comes, so that a guest that hangs shows where.
+    let reader = std::thread::spawn(move || {
+        let lines = BufReader::new(serial).lines().map_while(Result::ok);
+        lines.inspect(|line| println!("{line}")).collect::<Vec<_>>()
+    });
     let reason = vmm.end().reason();
     let lines = reader.join().unwrap();
-    for line in &lines {
-        println!("{line}");
-    }
     (lines, reason)
 }
 

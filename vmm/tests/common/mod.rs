@@ -235,7 +235,7 @@ impl Connection {
         }
         match self.receive().expect("an event").message.unwrap() {
             from_vmm::Message::Event(event) => event,
-            other => panic!("{other:?} is no event"),
+            from_vmm::Message::Response(response) => panic!("{response:?} is no event"),
         }
     }
 
