@@ -19,10 +19,15 @@
 //!
 //! `README.md` in this crate follows one pod through these modules.
 
+pub mod backend;
 pub mod cgroup;
+pub mod logs;
+pub mod metrics;
 pub mod network;
+pub mod pods;
 pub mod probe;
 pub mod process;
 pub mod sandbox;
 pub mod scratch;
+pub mod store;
 pub mod timeline;

@@ -1,0 +1,244 @@
+//! Reads one run's log: forward, a bounded batch at a time, on from where the last batch ended.
+
+use std::{
+    collections::VecDeque,
+    fs::File,
+    io::{self, BufRead as _, BufReader, Seek as _},
+    path::{Path, PathBuf},
+    time::SystemTime,
+};
+
+use flint_api::host::LogEntry;
+
+use super::{
+    cri,
+    writer::{file_name, numbers},
+};
+use crate::pods::system_time;
+
+/// Entries in one batch; at 16 KiB an entry this bounds a reader's memory.
+const BATCH: usize = 128;
+/// No entry is longer; a line that is was not written by flintd.
+const MAX_LINE: u64 = (cri::MAX_TEXT + 256) as u64;
+
+/// Reader of one run's log.
+#[derive(Debug)]
+pub struct RunReader {
+    folder: PathBuf,
+    /// Opened at the start, so that rotation does not take them away in the middle of a read.
+    opened: VecDeque<(u64, File)>,
+    current: Option<(u64, BufReader<File>)>,
+    since: Option<SystemTime>,
+    /// Entries to pass over, for a tail.
+    skip: u64,
+}
+
+impl RunReader {
+    /// Begins at the oldest entry kept, or `tail` lines before the end. A run without a log has no entries.
+    pub fn open(folder: &Path, tail: Option<u64>, since: Option<SystemTime>) -> io::Result<Self> {
+        let mut reader =
+            Self { folder: folder.to_owned(), opened: VecDeque::new(), current: None, since, skip: 0 };
+        reader.open_files(0)?;
+        if let Some(tail) = tail {
+            let mut counting = Self { folder: folder.to_owned(), opened: VecDeque::new(), current: None, since, skip: 0 };
+            counting.open_files(0)?;
+            let (entries, keep) = counting.count(tail)?;
+            reader.skip = entries - keep;
+        }
+        Ok(reader)
+    }
+
+    fn open_files(&mut self, from: u64) -> io::Result<()> {
+        let numbers = match numbers(&self.folder) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+            other => other?,
+        };
+        for number in numbers.into_iter().filter(|number| *number >= from) {
+            match File::open(self.folder.join(file_name(number))) {
+                Ok(file) => self.opened.push_back((number, file)),
+                // Rotated away just now.
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+
+    /// How many entries there are, and how many of the last make up `tail` lines. Parts belong to the line they begin.
+    fn count(&mut self, tail: u64) -> io::Result<(u64, u64)> {
+        let (mut entries, mut lines) = (0_u64, 0_u64);
+        // Entry index at which each of the last lines begins; the log is bounded, and so is this.
+        let mut begins: VecDeque<u64> = VecDeque::new();
+        let mut line_begins = true;
+        while let Some(entry) = self.next_entry()? {
+            if line_begins {
+                lines += 1;
+                begins.push_back(entries);
+                if begins.len() as u64 > tail {
+                    begins.pop_front();
+                }
+            }
+            line_begins = entry.line.ends_with(b"\n");
+            entries += 1;
+        }
+        let first = if lines <= tail { 0 } else { begins.front().copied().unwrap_or(entries) };
+        Ok((entries, entries - first))
+    }
+
+    /// The next entries; none means that there are no more just now.
+    pub fn batch(&mut self) -> io::Result<Vec<LogEntry>> {
+        let mut batch = Vec::new();
+        while batch.len() < BATCH
+            && let Some(entry) = self.next_entry()?
+        {
+            if self.skip > 0 {
+                self.skip -= 1;
+            } else {
+                batch.push(entry);
+            }
+        }
+        Ok(batch)
+    }
+
+    fn next_entry(&mut self) -> io::Result<Option<LogEntry>> {
+        loop {
+            if self.current.is_none() {
+                self.current = self.opened.pop_front().map(|(number, file)| (number, BufReader::new(file)));
+            }
+            let Some((number, file)) = &mut self.current else {
+                self.open_files(0)?;
+                if self.opened.is_empty() {
+                    return Ok(None);
+                }
+                continue;
+            };
+            if let Some(line) = complete_line(file)? {
+                let entry = cri::parse(&line).filter(|entry| {
+                    let time = entry.time.map(system_time);
+                    self.since.is_none_or(|since| time.is_some_and(|time| time >= since))
+                });
+                match entry {
+                    Some(entry) => return Ok(Some(entry)),
+                    None => continue,
+                }
+            }
+            // The end of this file: it is sealed only if there is a younger one.
+            let next = *number + 1;
+            if self.opened.is_empty() {
+                self.open_files(next)?;
+                if self.opened.is_empty() {
+                    return Ok(None);
+                }
+                // It may have grown between our last read and the younger file's birth.
+                continue;
+            }
+            if complete_line_is_there(file)? {
+                continue;
+            }
+            self.current = None;
+        }
+    }
+}
+
+/// A line without its newline; `None`, and the place unchanged, if it is not complete yet.
+fn complete_line(file: &mut BufReader<File>) -> io::Result<Option<Vec<u8>>> {
+    let mut line = Vec::new();
+    let read = io::Read::take(&mut *file, MAX_LINE).read_until(b'\n', &mut line)?;
+    if line.pop() == Some(b'\n') {
+        return Ok(Some(line));
+    }
+    if read as u64 == MAX_LINE {
+        // Not ours; go on after it.
+        return Ok(Some(Vec::new()));
+    }
+    file.seek_relative(-i64::try_from(read).unwrap_or(0))?;
+    Ok(None)
+}
+
+/// Whether the file has grown past what was read, without moving.
+fn complete_line_is_there(file: &mut BufReader<File>) -> io::Result<bool> {
+    let at = file.stream_position()?;
+    Ok(file.get_ref().metadata()?.len() > at && {
+        let line = complete_line(file)?;
+        file.seek(io::SeekFrom::Start(at))?;
+        line.is_some()
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use flint_api::host::OutputStream;
+
+    use super::*;
+    use crate::logs::writer::RunWriter;
+
+    const OUT: OutputStream = OutputStream::Stdout;
+
+    fn write(writer: &mut RunWriter, time: u64, data: &str) {
+        let at = writer.offset();
+        writer.append(at, time, OUT, data.as_bytes()).unwrap();
+    }
+
+    fn all(reader: &mut RunReader) -> String {
+        let mut text = Vec::new();
+        loop {
+            let batch = reader.batch().unwrap();
+            if batch.is_empty() {
+                return String::from_utf8(text).unwrap();
+            }
+            text.extend(batch.into_iter().flat_map(|entry| entry.line));
+        }
+    }
+
+    #[test]
+    fn a_tail_counts_lines_and_not_their_parts() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut writer = RunWriter::open(folder.path()).unwrap();
+        for data in ["one\ntwo\n", "thr", "ee\n", "fo", "ur"] {
+            write(&mut writer, 1, data);
+        }
+        for (tail, text) in [(0, ""), (1, "four"), (2, "three\nfour"), (9, "one\ntwo\nthree\nfour")] {
+            assert_eq!(all(&mut RunReader::open(folder.path(), Some(tail), None).unwrap()), text, "tail {tail}");
+        }
+    }
+
+    #[test]
+    fn since_leaves_out_what_is_older() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut writer = RunWriter::open(folder.path()).unwrap();
+        write(&mut writer, 1_000_000_000, "old\n");
+        write(&mut writer, 2_000_000_000, "new\n");
+        let since = SystemTime::UNIX_EPOCH + std::time::Duration::from_secs(2);
+        assert_eq!(all(&mut RunReader::open(folder.path(), None, Some(since)).unwrap()), "new\n");
+    }
+
+    #[test]
+    fn a_reader_that_follows_gets_everything_once_over_rotations() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut writer = RunWriter::with_limit(folder.path(), 300).unwrap();
+        let mut reader = RunReader::open(folder.path(), None, None).unwrap();
+        let (mut wrote, mut read) = (String::new(), String::new());
+        for count in 0..100 {
+            let line = format!("line {count}\n");
+            write(&mut writer, 1, &line);
+            wrote += &line;
+            if count % 7 == 0 {
+                read += &all(&mut reader);
+            }
+        }
+        read += &all(&mut reader);
+        assert_eq!(read, wrote);
+    }
+
+    #[test]
+    fn a_line_that_is_still_being_written_is_read_when_it_is_complete() {
+        use std::io::Write as _;
+        let folder = tempfile::tempdir().unwrap();
+        let mut file = File::create(folder.path().join(file_name(0))).unwrap();
+        file.write_all(b"1970-01-01T00:00:00.000000001Z stdout F hel").unwrap();
+        let mut reader = RunReader::open(folder.path(), None, None).unwrap();
+        assert_eq!(all(&mut reader), "");
+        file.write_all(b"lo\n").unwrap();
+        assert_eq!(all(&mut reader), "hello\n");
+    }
+}

@@ -1,0 +1,553 @@
+//! One task for each pod: performs what its state machine asks for and feeds back what came of it.
+
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::{Duration, SystemTime},
+};
+
+use flint_api::{guest, host};
+use tokio::{
+    sync::mpsc,
+    task::{AbortHandle, JoinSet},
+};
+use tracing::{info, warn};
+
+use super::{
+    Context, PodRecord,
+    machine::{Action, Event, Life, Machine, StepError, Timer},
+    output::{Attached, attached},
+    process,
+    run::{Run, guest_id, signal},
+    timestamp,
+};
+use crate::{
+    backend::{Identity, ImageError, PullOrder, Sandbox, SandboxPlan, TakeOver},
+    timeline::Timeline,
+};
+
+/// Words for an actor that may wait; senders beyond it wait.
+const QUEUE: usize = 64;
+
+/// What others may say to a pod's task.
+#[derive(Debug)]
+pub(super) enum Command {
+    /// A newer generation, checked already.
+    Update(Box<(host::PodMeta, host::PodSpec)>),
+    /// End the pod.
+    Terminate(Duration),
+}
+
+/// What the task hears.
+enum Input {
+    Command(Command),
+    Event(Event),
+    /// The sandbox is there.
+    Sandbox(Arc<dyn Sandbox>),
+    /// An earlier flintd's sandbox is there, with these containers in it.
+    Found(Arc<dyn Sandbox>, Vec<guest::ContainerStatus>),
+    /// The timeline grew.
+    Refresh,
+}
+
+/// What streams need of a pod while it runs.
+#[derive(Default)]
+pub(super) struct Live {
+    pub(super) sandbox: Option<Arc<dyn Sandbox>>,
+    /// By container: its present run, whether that runs, its output.
+    pub(super) containers: Vec<(u32, bool, Attached)>,
+}
+
+/// A pod's task as others see it.
+#[derive(Clone)]
+pub(super) struct Handle {
+    commands: mpsc::Sender<Input>,
+    live: Arc<Mutex<Live>>,
+}
+
+impl Handle {
+    /// Says something to the pod; a pod that has ended does not listen.
+    pub(super) async fn send(&self, command: Command) {
+        let _ = self.commands.send(Input::Command(command)).await;
+    }
+
+    pub(super) fn live(&self) -> MutexGuard<'_, Live> {
+        self.live.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+pub(super) struct Actor {
+    context: Arc<Context>,
+    record: PodRecord,
+    uid: String,
+    spec: Arc<host::PodSpec>,
+    credentials: HashMap<String, host::RegistryCredentials>,
+    machine: Machine,
+    timeline: Timeline,
+    sandbox: Option<Arc<dyn Sandbox>>,
+    disks: Vec<String>,
+    inputs: mpsc::Receiver<Input>,
+    sender: mpsc::Sender<Input>,
+    live: Arc<Mutex<Live>>,
+    timers: HashMap<Timer, AbortHandle>,
+    tasks: JoinSet<()>,
+}
+
+impl Actor {
+    /// The task of a pod, new or loaded.
+    pub(super) fn new(
+        context: Arc<Context>,
+        record: PodRecord,
+        credentials: HashMap<String, host::RegistryCredentials>,
+        timeline: Timeline,
+    ) -> (Self, Handle) {
+        let pod = record.pod.clone().unwrap_or_default();
+        let spec = Arc::new(pod.spec.unwrap_or_default());
+        let (sender, inputs) = mpsc::channel(QUEUE);
+        let containers = spec.containers.iter().map(|_| (0, false, attached())).collect();
+        let live = Arc::new(Mutex::new(Live { sandbox: None, containers }));
+        let handle = Handle { commands: sender.clone(), live: live.clone() };
+        let machine = record.machine(SystemTime::now());
+        let uid = pod.meta.unwrap_or_default().uid;
+        for container in &spec.containers {
+            context.logs.expect(&uid, &container.name);
+        }
+        let actor = Self {
+            context,
+            record,
+            uid,
+            spec,
+            credentials,
+            machine,
+            timeline,
+            sandbox: None,
+            disks: Vec::new(),
+            inputs,
+            sender,
+            live,
+            timers: HashMap::new(),
+            tasks: JoinSet::new(),
+        };
+        (actor, handle)
+    }
+
+    /// Runs until the pod has ended.
+    pub(super) async fn run(mut self) {
+        if self.record.sandbox_id.is_empty() {
+            self.handle(Event::Start).await;
+        } else {
+            self.take_over();
+        }
+        while self.machine.life() != Life::Ended {
+            // Never `None`: the actor has a sender of its own.
+            let Some(input) = self.inputs.recv().await else { break };
+            self.input(input).await;
+            while self.tasks.try_join_next().is_some() {}
+        }
+        self.context.logs.ended(&self.uid);
+        self.context.ledger.release(&self.uid);
+        self.context.changed();
+        info!(uid = self.uid, phase = ?self.machine.phase(), "pod ended");
+    }
+
+    async fn input(&mut self, input: Input) {
+        match input {
+            Input::Event(event) => {
+                if let Event::SandboxGone(_) = event {
+                    self.sandbox = None;
+                    self.record.sandbox_id.clear();
+                }
+                self.handle(event).await;
+            }
+            Input::Sandbox(sandbox) => {
+                self.hold(&sandbox);
+                self.handle(Event::Launched(Ok(sandbox.addresses()))).await;
+            }
+            Input::Found(sandbox, containers) => self.found(sandbox, &containers).await,
+            Input::Command(Command::Terminate(grace)) => {
+                self.record.terminate(grace, SystemTime::now());
+                self.handle(Event::Terminate(grace)).await;
+            }
+            Input::Command(Command::Update(update)) => {
+                let (meta, spec) = *update;
+                self.spec = Arc::new(spec.clone());
+                if let Some(pod) = &mut self.record.pod {
+                    pod.meta = Some(meta);
+                    pod.spec = Some(spec);
+                }
+                self.publish().await;
+            }
+            Input::Refresh => self.publish().await,
+        }
+    }
+
+    async fn handle(&mut self, event: Event) {
+        let now = SystemTime::now();
+        for action in self.machine.handle(event, now) {
+            self.perform(action);
+        }
+        self.publish().await;
+    }
+
+    async fn publish(&mut self) {
+        let before = self.record.clone();
+        self.record.note(&self.machine, self.timeline.stages());
+        {
+            let mut live = self.live.lock().unwrap_or_else(PoisonError::into_inner);
+            live.sandbox.clone_from(&self.sandbox);
+            for (shown, (run, runs)) in live.containers.iter_mut().zip(self.machine.runs()) {
+                (shown.0, shown.1) = (run, runs);
+            }
+        }
+        if self.record != before {
+            self.context.journal.record(self.record.clone()).await;
+        }
+    }
+
+    /// Does something beside the actor and feeds the result back.
+    fn spawn(&mut self, work: impl Future<Output = Option<Input>> + Send + 'static) -> AbortHandle {
+        let sender = self.sender.clone();
+        self.tasks.spawn(async move {
+            if let Some(input) = work.await {
+                // The actor may have ended meanwhile.
+                let _ = sender.send(input).await;
+            }
+        })
+    }
+
+    fn perform(&mut self, action: Action) {
+        match action {
+            Action::Pull(container) => self.pull(container),
+            Action::Launch => self.launch(),
+            Action::Run(container, run) => self.run_container(container, run),
+            Action::Stop(container) => self.stop(container),
+            Action::Kill(container) => {
+                if let (Some(sandbox), Some(id)) = (self.sandbox.clone(), self.guest_id(container)) {
+                    self.spawn(async move {
+                        signal(sandbox, id, 9, true).await;
+                        None
+                    });
+                }
+            }
+            Action::Shutdown => {
+                if let Some(sandbox) = self.sandbox.clone() {
+                    self.spawn(async move {
+                        // The answer may be lost with the machine.
+                        let _ = sandbox.guest().shutdown(guest::ShutdownRequest {}).await;
+                        None
+                    });
+                }
+            }
+            Action::KillSandbox => {
+                if let Some(sandbox) = self.sandbox.clone() {
+                    self.spawn(async move {
+                        sandbox.kill().await;
+                        None
+                    });
+                }
+            }
+            Action::Arm(timer, pause) => {
+                let handle = self.spawn(async move {
+                    tokio::time::sleep(pause).await;
+                    Some(Input::Event(Event::Timer(timer)))
+                });
+                if let Some(earlier) = self.timers.insert(timer, handle) {
+                    earlier.abort();
+                }
+            }
+        }
+    }
+
+    fn guest_id(&self, container: usize) -> Option<String> {
+        let (run, _) = self.machine.runs().nth(container)?;
+        Some(guest_id(&self.spec.containers.get(container)?.name, run))
+    }
+
+    fn pull(&mut self, index: usize) {
+        let Some(container) = self.spec.containers.get(index).cloned() else { return };
+        let context = self.context.clone();
+        let credentials = self.credentials.get(registry(&container.image)).cloned();
+        let timeline = self.timeline.clone();
+        self.spawn(async move {
+            let stage = timeline.begin("image.pull");
+            let result = pull(&context, &container, credentials).await;
+            if result.is_ok() {
+                stage.end();
+            }
+            Some(Input::Event(Event::Pulled { container: index, result }))
+        });
+    }
+
+    fn launch(&mut self) {
+        let digests = self.machine.digests().unwrap_or_default();
+        self.disks.clear();
+        for digest in digests {
+            if !self.disks.iter().any(|known| known == digest) {
+                self.disks.push(digest.to_owned());
+            }
+        }
+        let id = match new_sandbox_id() {
+            Ok(id) => id,
+            Err(error) => {
+                let error = StepError::new("FailedCreatePodSandBox", format!("making a sandbox id: {error}"));
+                self.spawn(async move { Some(Input::Event(Event::Launched(Err(error)))) });
+                return;
+            }
+        };
+        let size = self.context.sizing.of(&self.spec);
+        let plan = SandboxPlan {
+            id: id.clone(),
+            vcpus: size.vcpus,
+            memory_bytes: size.memory_bytes,
+            images: self.disks.clone(),
+            scratch_bytes: size.scratch_bytes,
+            identity: self.identity(),
+        };
+        self.record.sandbox_id = id;
+        let (context, timeline) = (self.context.clone(), self.timeline.clone());
+        self.spawn(async move {
+            Some(match launch(&context, plan, timeline).await {
+                Ok(sandbox) => Input::Sandbox(sandbox),
+                Err(error) => Input::Event(Event::Launched(Err(error))),
+            })
+        });
+    }
+
+    fn identity(&self) -> Identity {
+        let name = self.record.pod.as_ref().and_then(|pod| pod.meta.as_ref()).map(|meta| meta.name.as_str());
+        // A pod's name may have dots and be longer than a host name can be (Kubernetes cuts it, too).
+        let hostname = if self.spec.hostname.is_empty() { name.unwrap_or_default() } else { &self.spec.hostname };
+        let hostname: String = hostname.chars().take(63).collect();
+        Identity {
+            hostname: hostname.trim_end_matches(['-', '.']).to_owned(),
+            dns: self.spec.dns.clone().map(|dns| guest::Dns {
+                nameservers: dns.nameservers,
+                searches: dns.searches,
+                options: dns.options,
+            }),
+            host_aliases: self
+                .spec
+                .host_aliases
+                .iter()
+                .map(|alias| guest::HostAlias { ip: alias.ip.clone(), hostnames: alias.hostnames.clone() })
+                .collect(),
+            sysctls: self.spec.security_context.clone().unwrap_or_default().sysctls,
+        }
+    }
+
+    /// Keeps a sandbox, and hears of its end.
+    fn hold(&mut self, sandbox: &Arc<dyn Sandbox>) {
+        self.sandbox = Some(sandbox.clone());
+        let sandbox = sandbox.clone();
+        self.spawn(async move { Some(Input::Event(Event::SandboxGone(sandbox.exited().await))) });
+    }
+
+    fn the_run(&self, index: usize, run: u32) -> Option<Run> {
+        let digest = self.machine.digests()?.get(index).map(|digest| (*digest).to_owned())?;
+        let attached = self.live.lock().unwrap_or_else(PoisonError::into_inner).containers.get(index)?.2.clone();
+        Some(Run {
+            context: self.context.clone(),
+            sandbox: self.sandbox.clone()?,
+            timeline: self.timeline.clone(),
+            uid: self.uid.clone(),
+            spec: self.spec.clone(),
+            index,
+            run,
+            digest,
+            disks: self.disks.clone(),
+            attached,
+        })
+    }
+
+    fn run_container(&mut self, container: usize, run: u32) {
+        let Some(this) = self.the_run(container, run) else { return };
+        let sender = self.sender.clone();
+        self.spawn(async move {
+            if let Err(error) = this.create().await {
+                return Some(Input::Event(Event::StartFailed { container, run, error }));
+            }
+            if let Err(exit) = this.start().await {
+                return Some(Input::Event(Event::Exited { container, run, exit }));
+            }
+            this.context.metrics.container_starts.inc();
+            let _ = sender.send(Input::Event(Event::Started { container, run })).await;
+            follow(&this, sender).await
+        });
+    }
+
+    fn stop(&mut self, container: usize) {
+        let (Some(sandbox), Some(id)) = (self.sandbox.clone(), self.guest_id(container)) else { return };
+        let digest = self.machine.digests().and_then(|digests| digests.get(container).map(|digest| (*digest).to_owned()));
+        let context = self.context.clone();
+        self.spawn(async move {
+            let image = match digest {
+                Some(digest) => context.images.get(&digest).await.ok().flatten(),
+                None => None,
+            };
+            signal(sandbox, id, process::stop_signal(&image.unwrap_or_default().config), false).await;
+            None
+        });
+    }
+
+    /// Looks for the sandbox that an earlier flintd made.
+    fn take_over(&mut self) {
+        let context = self.context.clone();
+        let id = self.record.sandbox_id.clone();
+        for digest in self.machine.digests().unwrap_or_default() {
+            if !self.disks.iter().any(|known| known == digest) {
+                self.disks.push(digest.to_owned());
+            }
+        }
+        self.spawn(async move {
+            let exit = match context.sandboxes.take_over(&id).await {
+                Ok(TakeOver::Running(sandbox)) => {
+                    let listed = sandbox.guest().list_containers(guest::ListContainersRequest {}).await;
+                    match listed {
+                        Ok(listed) => return Some(Input::Found(sandbox, listed.into_inner().containers)),
+                        Err(status) => {
+                            warn!(sandbox = id, %status, "the guest does not answer, ending the sandbox");
+                            sandbox.kill().await;
+                            sandbox.exited().await
+                        }
+                    }
+                }
+                Ok(TakeOver::Ended(exit)) => exit,
+                Err(error) => crate::backend::SandboxExit {
+                    reason: flint_api::vmm::ExitReason::Killed,
+                    detail: format!("it could not be taken over: {error}"),
+                },
+            };
+            Some(Input::Event(Event::SandboxGone(exit)))
+        });
+    }
+
+    async fn found(&mut self, sandbox: Arc<dyn Sandbox>, listed: &[guest::ContainerStatus]) {
+        use guest::container_status::State;
+        self.hold(&sandbox);
+        let runs: Vec<_> = self.machine.runs().map(|(run, _)| run).collect();
+        let known = |index: usize, run: u32| {
+            let id = self.spec.containers.get(index).map(|container| guest_id(&container.name, run));
+            listed.iter().any(|status| {
+                Some(&status.container_id) == id.as_ref() && matches!(status.state(), State::Running | State::Exited)
+            })
+        };
+        let started: Vec<_> =
+            runs.iter().enumerate().filter(|(index, run)| known(*index, **run)).map(|(index, _)| index).collect();
+        let event = Event::TakenOver { addresses: sandbox.addresses(), started: started.clone() };
+        self.handle(event).await;
+        let going: Vec<_> = self.machine.runs().map(|(run, runs)| (run, runs)).collect();
+        for index in started {
+            let Some((run, true)) = going.get(index).copied() else { continue };
+            let Some(this) = self.the_run(index, run) else { continue };
+            let sender = self.sender.clone();
+            self.spawn(async move { follow(&this, sender).await });
+        }
+    }
+}
+
+/// Waits for a run's end.
+async fn follow(run: &Run, sender: mpsc::Sender<Input>) -> Option<Input> {
+    let (timeline, stage) = (run.timeline.clone(), format!("container.{}.first-output", run.spec.containers[run.index].name));
+    let first_run = run.run == 0;
+    let exit = run
+        .finish(move || {
+            if first_run {
+                timeline.mark(stage);
+                // A full queue will be followed by another publication.
+                let _ = sender.try_send(Input::Refresh);
+            }
+        })
+        .await?;
+    Some(Input::Event(Event::Exited { container: run.index, run: run.run, exit }))
+}
+
+/// The digest of a container's image, pulled if its policy says so.
+async fn pull(
+    context: &Context,
+    container: &host::Container,
+    credentials: Option<host::RegistryCredentials>,
+) -> Result<String, StepError> {
+    let policy = pull_policy(container);
+    let reference = container.image.clone();
+    let result = if policy == host::ImagePullPolicy::PullNever {
+        match context.images.get(&reference).await {
+            Ok(Some(image)) => Ok(image),
+            Ok(None) => {
+                let message = format!("Container image \"{reference}\" is not present with pull policy of Never");
+                return Err(StepError::new("ErrImageNeverPull", message));
+            }
+            Err(error) => Err(error),
+        }
+    } else {
+        let if_not_present = policy == host::ImagePullPolicy::PullIfNotPresent;
+        // Nobody looks at a pod's pull progress; a closed channel is what the store expects then.
+        let (progress, _) = mpsc::channel(1);
+        context.images.pull(PullOrder { reference, credentials, if_not_present }, progress).await
+    };
+    context.metrics.pulled(result.is_ok());
+    result.map(|image| image.image.digest).map_err(|error| {
+        let reason = match error {
+            ImageError::Invalid(_) => "InvalidImageName",
+            _ => "ErrImagePull",
+        };
+        StepError::new(reason, error.to_string())
+    })
+}
+
+/// As Kubernetes defaults it: always for `latest` or no tag, else if not present.
+fn pull_policy(container: &host::Container) -> host::ImagePullPolicy {
+    match container.image_pull_policy() {
+        host::ImagePullPolicy::Unspecified => {
+            let name = container.image.rsplit('/').next().unwrap_or_default();
+            let floating = !container.image.contains('@') && (!name.contains(':') || name.ends_with(":latest"));
+            if floating { host::ImagePullPolicy::PullAlways } else { host::ImagePullPolicy::PullIfNotPresent }
+        }
+        said => said,
+    }
+}
+
+/// The registry's host in a reference.
+fn registry(reference: &str) -> &str {
+    match reference.split_once('/') {
+        Some((host, _)) if host.contains(['.', ':']) || host == "localhost" => host,
+        _ => "docker.io",
+    }
+}
+
+async fn launch(context: &Context, plan: SandboxPlan, timeline: Timeline) -> Result<Arc<dyn Sandbox>, StepError> {
+    let failed = |message: String| StepError::new("FailedCreatePodSandBox", message);
+    let images = plan.images.len();
+    let begun = std::time::Instant::now();
+    let sandbox =
+        context.sandboxes.launch(plan, timeline.clone()).await.map_err(|error| failed(error.to_string()))?;
+    let stage = timeline.begin("guest.images");
+    for number in 0..images {
+        let id = format!("image-{number}");
+        let request = guest::MountImageRequest { image_id: id.clone(), disk_serial: id.clone() };
+        if let Err(status) = sandbox.guest().mount_image(request).await {
+            sandbox.kill().await;
+            let exit = sandbox.exited().await;
+            return Err(failed(format!("mounting {id} in the guest: {}; {exit}", status.message())));
+        }
+    }
+    stage.end();
+    context.metrics.launched(begun.elapsed(), &timeline);
+    Ok(sandbox)
+}
+
+/// 16 hex digits that no other sandbox of this host has, short enough for a socket's path.
+fn new_sandbox_id() -> std::io::Result<String> {
+    let uuid = std::fs::read_to_string("/proc/sys/kernel/random/uuid")?;
+    Ok(uuid.chars().rev().filter(char::is_ascii_hexdigit).take(16).collect())
+}
+
+/// A record for a pod that was just accepted.
+pub(super) fn new_record(meta: host::PodMeta, spec: host::PodSpec) -> PodRecord {
+    let status = host::PodStatus {
+        created_at: Some(timestamp(SystemTime::now())),
+        observed_generation: meta.generation,
+        ..Machine::new(&spec).status()
+    };
+    let pod = host::Pod { meta: Some(meta), spec: Some(spec), status: Some(status), revision: 0 };
+    PodRecord { pod: Some(pod), ..PodRecord::default() }
+}

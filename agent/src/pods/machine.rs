@@ -1,0 +1,539 @@
+//! A pod's state machine: events in, actions out, no input or output of its own.
+//!
+//! ```text
+//!            Start              all images           Launched            all containers ended,
+//!   (new) ----------> Pulling ------------> Launching --------> Up ----------------------------> Stopping --> Ended
+//!                        ^                   |    ^             |    or asked to terminate           |          ^
+//!                        | retry             | err| relaunch    | sandbox died, policy: again        | sandbox  |
+//!                     (timers)               v    |             v                                    | gone     |
+//!                                           Paused <------------+                                    +----------+
+//! ```
+//!
+//! Whoever owns a machine performs the actions and brings their results back as events; an action may be performed
+//! again at any time (a new flintd does so), and an event that no longer fits is ignored.
+
+use std::time::{Duration, SystemTime};
+
+use flint_api::{guest, host};
+
+use super::{
+    backoff::Backoff,
+    container::{Container, ImageStep, State},
+    timestamp,
+};
+use crate::backend::SandboxExit;
+
+/// How long a pod that was shut down may take until its VMM is killed.
+const SHUTDOWN_PATIENCE: Duration = Duration::from_secs(10);
+/// How long `ErrImagePull` stands before it becomes `ImagePullBackOff`.
+const PULL_ERROR_STANDS: Duration = Duration::from_secs(1);
+
+/// Where a pod is in its life; the module's picture shows the ways.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Life {
+    /// Waits for its images.
+    Pulling,
+    /// The sandbox is being made.
+    Launching,
+    /// The sandbox runs.
+    Up,
+    /// There is no sandbox; one will be made when the pause is over.
+    Paused,
+    /// The guest was asked to shut down.
+    Stopping,
+    /// Nothing will happen any more.
+    Ended,
+}
+
+/// What happened.
+#[derive(Clone, Debug)]
+pub enum Event {
+    /// Begin; also for a pod that an earlier flintd had not launched yet.
+    Start,
+    /// An image came, or did not.
+    Pulled {
+        /// Index of the container.
+        container: usize,
+        /// Digest of the image's manifest.
+        result: Result<String, StepError>,
+    },
+    /// The sandbox is there, or is not.
+    Launched(Result<Vec<String>, StepError>),
+    /// An earlier flintd's sandbox runs, with these containers in it.
+    TakenOver {
+        /// Addresses of the pod.
+        addresses: Vec<String>,
+        /// Indices of the containers whose present run is known to the guest and was started.
+        started: Vec<usize>,
+    },
+    /// The container's program runs.
+    Started {
+        /// Index of the container.
+        container: usize,
+        /// Which run of it.
+        run: u32,
+    },
+    /// The container could not be made.
+    StartFailed {
+        /// Index of the container.
+        container: usize,
+        /// Which run of it.
+        run: u32,
+        /// Why.
+        error: StepError,
+    },
+    /// The container ended and all of its output is in the log.
+    Exited {
+        /// Index of the container.
+        container: usize,
+        /// Which run of it.
+        run: u32,
+        /// How.
+        exit: guest::ContainerExit,
+    },
+    /// The sandbox is no more.
+    SandboxGone(SandboxExit),
+    /// A pause is over.
+    Timer(Timer),
+    /// End the pod, with this long between TERM and KILL.
+    Terminate(Duration),
+}
+
+/// What to do.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Action {
+    /// Bring the container's image here; leads to [`Event::Pulled`].
+    Pull(usize),
+    /// Make a sandbox with all images mounted; leads to [`Event::Launched`], and at its end to [`Event::SandboxGone`].
+    Launch,
+    /// Create and start a run of a container; leads to `Started` or `StartFailed`, later to `Exited`.
+    Run(usize, u32),
+    /// Send a container its stop signal.
+    Stop(usize),
+    /// Send all processes of a container SIGKILL.
+    Kill(usize),
+    /// Ask the guest to power off.
+    Shutdown,
+    /// End the VMM.
+    KillSandbox,
+    /// Come back with [`Event::Timer`] after a pause; replaces the timer of that name.
+    Arm(Timer, Duration),
+}
+
+/// Names of pauses.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Timer {
+    /// `ErrImagePull` has stood long enough.
+    PullFailed(usize),
+    /// Pull again.
+    Pull(usize),
+    /// Run the container again.
+    Restart(usize),
+    /// Make the sandbox again.
+    Relaunch,
+    /// The grace period is over.
+    Grace,
+    /// Even killing and shutting down took too long.
+    Patience,
+}
+
+/// A step failed, in words that Kubernetes users know.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct StepError {
+    /// CamelCase, for example `ErrImagePull`.
+    pub reason: String,
+    /// What failed and why.
+    pub message: String,
+}
+
+impl StepError {
+    /// A failed step.
+    pub fn new(reason: &str, message: impl Into<String>) -> Self {
+        Self { reason: reason.to_owned(), message: message.into() }
+    }
+}
+
+/// The state of one pod.
+#[derive(Clone, Debug)]
+pub struct Machine {
+    pub(super) policy: host::RestartPolicy,
+    pub(super) life: Life,
+    pub(super) containers: Vec<Container>,
+    pub(super) addresses: Vec<String>,
+    pub(super) sandbox_backoff: Backoff,
+    pub(super) launched_at: Option<SystemTime>,
+    pub(super) started_at: Option<SystemTime>,
+    pub(super) finished_at: Option<SystemTime>,
+    pub(super) terminating: Option<Duration>,
+    pub(super) reason: String,
+    pub(super) message: String,
+}
+
+impl Machine {
+    /// The machine of a new pod.
+    pub fn new(spec: &host::PodSpec) -> Self {
+        let policy = match spec.restart_policy() {
+            host::RestartPolicy::Unspecified => host::RestartPolicy::Always,
+            other => other,
+        };
+        Self {
+            policy,
+            life: Life::Pulling,
+            containers: spec.containers.iter().map(Container::new).collect(),
+            addresses: Vec::new(),
+            sandbox_backoff: Backoff::default(),
+            launched_at: None,
+            started_at: None,
+            finished_at: None,
+            terminating: None,
+            reason: String::new(),
+            message: String::new(),
+        }
+    }
+
+    /// Where the pod is.
+    pub fn life(&self) -> Life {
+        self.life
+    }
+
+    /// Digests of the images, by container, once all are here.
+    pub fn digests(&self) -> Option<Vec<&str>> {
+        self.containers.iter().map(Container::digest).collect()
+    }
+
+    /// The present run of each container, with whether it was started and has not ended.
+    pub fn runs(&self) -> impl Iterator<Item = (u32, bool)> {
+        self.containers.iter().map(|container| (container.run, container.is_running()))
+    }
+
+    /// Takes an event in and says what to do about it.
+    pub fn handle(&mut self, event: Event, now: SystemTime) -> Vec<Action> {
+        let mut actions = Vec::new();
+        if self.life == Life::Ended {
+            return actions;
+        }
+        match event {
+            Event::Start => self.start(&mut actions),
+            Event::Pulled { container, result } => self.pulled(container, result, &mut actions),
+            Event::Launched(_) if self.life != Life::Launching => {}
+            Event::Launched(Ok(addresses)) => self.launched(addresses, None, now, &mut actions),
+            Event::Launched(Err(error)) => self.launch_failed(error, now, &mut actions),
+            Event::TakenOver { addresses, started } => self.launched(addresses, Some(&started), now, &mut actions),
+            Event::Started { container, run } => self.started(container, run, now, &mut actions),
+            Event::StartFailed { container, run, error } => self.start_failed(container, run, error, now, &mut actions),
+            Event::Exited { container, run, exit } => self.exited(container, run, &exit, now, &mut actions),
+            Event::SandboxGone(exit) => self.sandbox_gone(&exit, now, &mut actions),
+            Event::Timer(timer) => self.timer(timer, &mut actions),
+            Event::Terminate(grace) => self.terminate(grace, now, &mut actions),
+        }
+        actions
+    }
+
+    fn start(&mut self, actions: &mut Vec<Action>) {
+        self.life = Life::Pulling;
+        for (index, container) in self.containers.iter_mut().enumerate() {
+            if container.digest().is_none() {
+                container.image = ImageStep::Pulling;
+                actions.push(Action::Pull(index));
+            }
+        }
+        self.launch_when_ready(actions);
+    }
+
+    fn pulled(&mut self, index: usize, result: Result<String, StepError>, actions: &mut Vec<Action>) {
+        let Some(container) = self.containers.get_mut(index).filter(|c| c.image == ImageStep::Pulling) else { return };
+        match result {
+            Ok(digest) => {
+                container.image = ImageStep::Ready(digest);
+                container.wait("ContainerCreating", "");
+                self.launch_when_ready(actions);
+            }
+            Err(error) => {
+                container.image = ImageStep::Failed;
+                container.wait(&error.reason, &error.message);
+                // Without this name nothing will come, however often it is asked for.
+                if error.reason != "ErrImageNeverPull" {
+                    actions.push(Action::Arm(Timer::PullFailed(index), PULL_ERROR_STANDS));
+                    actions.push(Action::Arm(Timer::Pull(index), container.pull_backoff.after_failure()));
+                }
+            }
+        }
+    }
+
+    fn launch_when_ready(&mut self, actions: &mut Vec<Action>) {
+        if self.life == Life::Pulling && self.containers.iter().all(|container| container.digest().is_some()) {
+            self.launch(actions);
+        }
+    }
+
+    fn launch(&mut self, actions: &mut Vec<Action>) {
+        self.life = Life::Launching;
+        for container in &mut self.containers {
+            if matches!(container.state, State::Waiting { .. }) && container.restarts == 0 {
+                container.wait("ContainerCreating", "");
+            }
+        }
+        actions.push(Action::Launch);
+    }
+
+    /// The sandbox is there: new, or found with these containers started already.
+    fn launched(
+        &mut self,
+        addresses: Vec<String>,
+        found: Option<&[usize]>,
+        now: SystemTime,
+        actions: &mut Vec<Action>,
+    ) {
+        self.life = Life::Up;
+        self.addresses = addresses;
+        self.reason.clear();
+        self.message.clear();
+        self.launched_at = Some(now);
+        self.started_at.get_or_insert(now);
+        let terminating = self.terminating.is_some();
+        for (index, container) in self.containers.iter_mut().enumerate() {
+            match &container.state {
+                State::Ended(_) => {}
+                _ if found.is_some_and(|found| found.contains(&index)) => container.found_running(now),
+                _ if terminating => container.never_ran(now),
+                State::Waiting { reason, .. } if found.is_some() && reason == "CrashLoopBackOff" => {
+                    actions.push(Action::Arm(Timer::Restart(index), container.backoff.current()));
+                }
+                _ => actions.push(container.begin_run(index)),
+            }
+        }
+        if let Some(grace) = self.terminating {
+            self.stop_containers(grace, now, actions);
+        }
+        self.stop_when_done(actions);
+    }
+
+    fn launch_failed(&mut self, error: StepError, now: SystemTime, actions: &mut Vec<Action>) {
+        self.reason = error.reason;
+        self.message = error.message;
+        if self.policy == host::RestartPolicy::Never || self.terminating.is_some() {
+            self.end_all(|container| container.never_ran(now));
+            self.finish(now);
+        } else {
+            self.life = Life::Paused;
+            actions.push(Action::Arm(Timer::Relaunch, self.sandbox_backoff.after_failure()));
+        }
+    }
+
+    fn started(&mut self, index: usize, run: u32, now: SystemTime, actions: &mut Vec<Action>) {
+        let Some(container) = self.current(index, run) else { return };
+        container.state = State::Running { since: now };
+        if self.terminating.is_some() {
+            actions.push(Action::Stop(index));
+        }
+    }
+
+    fn start_failed(
+        &mut self,
+        index: usize,
+        run: u32,
+        error: StepError,
+        now: SystemTime,
+        actions: &mut Vec<Action>,
+    ) {
+        let again = self.policy != host::RestartPolicy::Never && self.terminating.is_none();
+        let Some(container) = self.current(index, run) else { return };
+        if again {
+            container.wait(&error.reason, &error.message);
+            actions.push(Action::Arm(Timer::Restart(index), container.backoff.after_failure()));
+        } else {
+            container.state = State::Ended(host::Terminated {
+                exit_code: 128,
+                reason: error.reason,
+                message: error.message,
+                finished_at: Some(timestamp(now)),
+                ..host::Terminated::default()
+            });
+        }
+        self.stop_when_done(actions);
+    }
+
+    fn exited(
+        &mut self,
+        index: usize,
+        run: u32,
+        exit: &guest::ContainerExit,
+        now: SystemTime,
+        actions: &mut Vec<Action>,
+    ) {
+        let policy = self.policy;
+        let terminating = self.terminating.is_some();
+        let Some(container) = self.current(index, run) else { return };
+        let ran = container.ran_for(now);
+        let terminated = container.terminated(exit, now);
+        let again = match policy {
+            host::RestartPolicy::Never => false,
+            host::RestartPolicy::OnFailure => terminated.exit_code != 0,
+            host::RestartPolicy::Always | host::RestartPolicy::Unspecified => true,
+        };
+        if again && !terminating {
+            let pause = container.backoff.after_run(ran);
+            container.restart_after(terminated, pause);
+            if pause.is_zero() {
+                actions.push(container.begin_run(index));
+            } else {
+                actions.push(Action::Arm(Timer::Restart(index), pause));
+            }
+        } else {
+            container.state = State::Ended(terminated);
+        }
+        self.stop_when_done(actions);
+    }
+
+    fn sandbox_gone(&mut self, exit: &SandboxExit, now: SystemTime, actions: &mut Vec<Action>) {
+        if !matches!(self.life, Life::Up | Life::Stopping | Life::Launching) {
+            return;
+        }
+        self.addresses.clear();
+        let expected = self.life == Life::Stopping || self.terminating.is_some();
+        let message = format!("the sandbox ended: {exit}");
+        if expected || self.policy == host::RestartPolicy::Never {
+            if !expected {
+                self.reason = "SandboxKilled".into();
+                self.message.clone_from(&message);
+            }
+            self.end_all(|container| container.killed_with_sandbox(&message, now));
+            self.finish(now);
+            return;
+        }
+        let up_for = self.launched_at.and_then(|at| now.duration_since(at).ok()).unwrap_or_default();
+        let pause = self.sandbox_backoff.after_run(up_for);
+        self.life = Life::Paused;
+        self.reason = "SandboxKilled".into();
+        self.message = message.clone();
+        for container in self.containers.iter_mut().filter(|c| !matches!(c.state, State::Ended(_))) {
+            if container.is_running() || matches!(container.state, State::Starting) {
+                let ran = container.ran_for(now);
+                container.killed_with_sandbox(&message, now);
+                if let State::Ended(terminated) = container.state.clone() {
+                    container.backoff.after_run(ran);
+                    container.restart_after(terminated, pause);
+                }
+            }
+        }
+        actions.push(Action::Arm(Timer::Relaunch, pause));
+    }
+
+    fn timer(&mut self, timer: Timer, actions: &mut Vec<Action>) {
+        match timer {
+            Timer::PullFailed(index) => {
+                if let Some(container) = self.containers.get_mut(index).filter(|c| c.image == ImageStep::Failed) {
+                    container.pull_backs_off();
+                }
+            }
+            Timer::Pull(index) => {
+                if let Some(container) = self.containers.get_mut(index).filter(|c| c.image == ImageStep::Failed) {
+                    container.image = ImageStep::Pulling;
+                    actions.push(Action::Pull(index));
+                }
+            }
+            Timer::Restart(index) if self.life == Life::Up && self.terminating.is_none() => {
+                if let Some(container) = self.containers.get_mut(index)
+                    && matches!(container.state, State::Waiting { .. })
+                {
+                    actions.push(container.begin_run(index));
+                }
+            }
+            Timer::Relaunch if self.life == Life::Paused => self.launch(actions),
+            Timer::Grace if self.life == Life::Up => {
+                for index in 0..self.containers.len() {
+                    actions.push(Action::Kill(index));
+                }
+                actions.push(Action::Arm(Timer::Patience, SHUTDOWN_PATIENCE));
+            }
+            Timer::Patience if matches!(self.life, Life::Up | Life::Stopping) => actions.push(Action::KillSandbox),
+            Timer::Restart(_) | Timer::Relaunch | Timer::Grace | Timer::Patience => {}
+        }
+    }
+
+    fn terminate(&mut self, grace: Duration, now: SystemTime, actions: &mut Vec<Action>) {
+        // A later call may shorten the grace period, never lengthen it.
+        let grace = self.terminating.map_or(grace, |earlier| earlier.min(grace));
+        self.terminating = Some(grace);
+        match self.life {
+            Life::Pulling | Life::Paused => {
+                self.end_all(|container| container.never_ran(now));
+                self.finish(now);
+            }
+            Life::Up => self.stop_containers(grace, now, actions),
+            // The sandbox's arrival, or its end, finds the wish.
+            Life::Launching | Life::Stopping | Life::Ended => {}
+        }
+    }
+
+    /// Begins the end of what runs in the sandbox.
+    fn stop_containers(&mut self, grace: Duration, now: SystemTime, actions: &mut Vec<Action>) {
+        for (index, container) in self.containers.iter_mut().enumerate() {
+            match container.state {
+                State::Running { .. } if grace.is_zero() => actions.push(Action::Kill(index)),
+                State::Running { .. } => actions.push(Action::Stop(index)),
+                State::Waiting { .. } => container.never_ran(now),
+                State::Starting | State::Ended(_) => {}
+            }
+        }
+        actions.push(Action::Arm(Timer::Grace, grace));
+        self.stop_when_done(actions);
+    }
+
+    /// Shuts the sandbox down when no container will run in it any more.
+    fn stop_when_done(&mut self, actions: &mut Vec<Action>) {
+        if self.life == Life::Up && self.containers.iter().all(|c| matches!(c.state, State::Ended(_))) {
+            self.life = Life::Stopping;
+            actions.push(Action::Shutdown);
+            actions.push(Action::Arm(Timer::Patience, SHUTDOWN_PATIENCE));
+        }
+    }
+
+    fn end_all(&mut self, mut end: impl FnMut(&mut Container)) {
+        for container in self.containers.iter_mut().filter(|c| !matches!(c.state, State::Ended(_))) {
+            end(container);
+        }
+    }
+
+    fn finish(&mut self, now: SystemTime) {
+        self.life = Life::Ended;
+        self.finished_at = Some(now);
+    }
+
+    /// The container, if `run` is the one that it is in now: an event of an earlier run says nothing about this one.
+    fn current(&mut self, index: usize, run: u32) -> Option<&mut Container> {
+        self.containers
+            .get_mut(index)
+            .filter(|container| container.run == run && matches!(container.state, State::Starting | State::Running { .. }))
+    }
+
+    /// The pod's phase, as Kubernetes defines it ("Pod Lifecycle").
+    pub fn phase(&self) -> host::pod_status::Phase {
+        use host::pod_status::Phase;
+        if self.life == Life::Ended {
+            let good = self.containers.iter().all(|c| matches!(&c.state, State::Ended(end) if end.exit_code == 0));
+            return if good { Phase::Succeeded } else { Phase::Failed };
+        }
+        let ran = |c: &Container| c.last.is_some() || matches!(c.state, State::Running { .. } | State::Ended(_));
+        if self.containers.iter().any(ran) { Phase::Running } else { Phase::Pending }
+    }
+
+    /// The status as the API shows it, but for what the pod's record adds.
+    pub fn status(&self) -> host::PodStatus {
+        host::PodStatus {
+            phase: self.phase().into(),
+            reason: self.reason.clone(),
+            message: self.message.clone(),
+            pod_ips: self.addresses.clone(),
+            containers: self.containers.iter().map(Container::status).collect(),
+            started_at: self.started_at.map(timestamp),
+            finished_at: self.finished_at.map(timestamp),
+            terminating: self.terminating.is_some(),
+            ..host::PodStatus::default()
+        }
+    }
+}
+
+#[cfg(test)]
+#[path = "machine_tests.rs"]
+mod tests;

@@ -1,0 +1,209 @@
+//! One run of a container in the guest: create, start, carry its output, wait for its end.
+
+use std::{collections::HashMap, sync::Arc, time::Duration};
+
+use flint_api::{guest, host};
+use tonic::{Code, Status};
+use tracing::warn;
+
+use super::{
+    Context,
+    machine::StepError,
+    output::{Attached, Pump},
+    process,
+};
+use crate::{backend::Sandbox, timeline::Timeline};
+
+/// How long the output may take to come to its end after the container's: a process that left the container can hold the
+/// pipe open.
+const OUTPUT_PATIENCE: Duration = Duration::from_secs(5);
+/// Between two tries to reach a guest that should be there.
+const RETRY: Duration = Duration::from_secs(1);
+/// Tries until a guest that does not answer is given up.
+const TRIES: u32 = 5;
+
+/// A run.
+pub(super) struct Run {
+    pub(super) context: Arc<Context>,
+    pub(super) sandbox: Arc<dyn Sandbox>,
+    pub(super) timeline: Timeline,
+    pub(super) uid: String,
+    pub(super) spec: Arc<host::PodSpec>,
+    /// Index of the container.
+    pub(super) index: usize,
+    pub(super) run: u32,
+    pub(super) digest: String,
+    /// The images in the order of their disks.
+    pub(super) disks: Vec<String>,
+    pub(super) attached: Attached,
+}
+
+/// What the guest calls a run of a container.
+pub(super) fn guest_id(container: &str, run: u32) -> String {
+    format!("{container}-{run}")
+}
+
+impl Run {
+    fn container(&self) -> &host::Container {
+        // The index is the machine's own, which has as many containers as the spec.
+        &self.spec.containers[self.index]
+    }
+
+    /// Creates the container.
+    pub(super) async fn create(&self) -> Result<(), StepError> {
+        let container = self.container();
+        let failed = |message: String| StepError::new("CreateContainerError", message);
+        let image = self.context.images.get(&self.digest).await.map_err(|error| failed(error.to_string()))?;
+        let image = image.ok_or_else(|| failed(format!("image {} is not on this host any more", self.digest)))?;
+        let process = process::process(&self.spec, container, &image.config)?;
+        let position = self.disks.iter().position(|digest| *digest == self.digest).unwrap_or_default();
+        let stage = self.timeline.begin(format!("container.{}.create", container.name));
+        let mut guest = self.sandbox.guest();
+        if let Some(earlier) = self.run.checked_sub(1) {
+            let container_id = guest_id(&container.name, earlier);
+            match guest.delete_container(guest::DeleteContainerRequest { container_id }).await {
+                // Made in an earlier sandbox, or never.
+                Err(status) if status.code() != Code::NotFound => warn!(uid = self.uid, %status, "removing a run failed"),
+                _ => {}
+            }
+        }
+        guest
+            .create_container(self.request(process, format!("image-{position}")))
+            .await
+            .map_err(|status| failed(status.message().to_owned()))?;
+        stage.end();
+        Ok(())
+    }
+
+    fn request(&self, process: guest::Process, image_id: String) -> guest::CreateContainerRequest {
+        let container = self.container();
+        let security = container.security_context.clone().unwrap_or_default();
+        let resources = container.resources.unwrap_or_default();
+        let cpu = if resources.cpu_request_milli == 0 { resources.cpu_limit_milli } else { resources.cpu_request_milli };
+        guest::CreateContainerRequest {
+            container_id: guest_id(&container.name, self.run),
+            image_id,
+            process: Some(process),
+            scratch_serial: "scratch".into(),
+            read_only_root: security.read_only_root_filesystem,
+            mounts: mounts(&self.spec, container),
+            resources: Some(guest::ContainerResources {
+                cpu_limit_milli: resources.cpu_limit_milli,
+                cpu_weight: process::cpu_weight(cpu),
+                memory_limit_bytes: resources.memory_limit_bytes,
+                pids_limit: 0,
+            }),
+            share_pid_namespace: self.spec.share_process_namespace,
+            privileged: security.privileged,
+            stdin: container.stdin,
+        }
+    }
+
+    /// Starts the container. An error is the program's: it is told as the run's end.
+    pub(super) async fn start(&self) -> Result<(), guest::ContainerExit> {
+        let stage = self.timeline.begin(format!("container.{}.start", self.container().name));
+        let container_id = guest_id(&self.container().name, self.run);
+        match self.sandbox.guest().start_container(guest::StartContainerRequest { container_id }).await {
+            Ok(_) => {
+                stage.end();
+                Ok(())
+            }
+            Err(status) => Err(guest::ContainerExit {
+                exit_code: 128,
+                start_error: status.message().to_owned(),
+                ..guest::ContainerExit::default()
+            }),
+        }
+    }
+
+    /// Waits for the end of a container that was started, and of its output. `None`: the sandbox went first.
+    pub(super) async fn finish(&self, first: impl FnOnce() + Send + 'static) -> Option<guest::ContainerExit> {
+        let name = self.container().name.clone();
+        let id = guest_id(&name, self.run);
+        let pump = match self.context.logs.begin(&self.uid, &name, self.run) {
+            Ok(writer) => {
+                let pump = Pump {
+                    sandbox: self.sandbox.clone(),
+                    logs: self.context.logs.clone(),
+                    metrics: self.context.metrics.clone(),
+                    uid: self.uid.clone(),
+                    container: name.clone(),
+                    guest_id: id.clone(),
+                    attached: self.attached.clone(),
+                };
+                Some(pump.run(writer, first))
+            }
+            Err(error) => {
+                warn!(uid = self.uid, container = name, %error, "the log cannot be opened, output is not kept");
+                None
+            }
+        };
+        let pump = async {
+            if let Some(pump) = pump {
+                pump.await;
+            }
+        };
+        tokio::pin!(pump);
+        let exit = self.wait(&id);
+        tokio::pin!(exit);
+        let exit = tokio::select! {
+            exit = &mut exit => {
+                // Polled to its end, or until patience is over.
+                if tokio::time::timeout(OUTPUT_PATIENCE, &mut pump).await.is_err() {
+                    warn!(uid = self.uid, container = name, "the output did not end with the container");
+                }
+                exit
+            }
+            () = &mut pump => exit.await,
+        };
+        exit
+    }
+
+    async fn wait(&self, container_id: &str) -> Option<guest::ContainerExit> {
+        for attempt in 1.. {
+            let request = guest::WaitContainerRequest { container_id: container_id.to_owned() };
+            let status = match self.sandbox.guest().wait_container(request).await {
+                Ok(exit) => return Some(exit.into_inner()),
+                Err(status) => status,
+            };
+            if attempt == TRIES || status.code() == Code::NotFound {
+                warn!(uid = self.uid, container_id, %status, "the guest cannot be asked any more, ending the sandbox");
+                self.sandbox.kill().await;
+                self.sandbox.exited().await;
+                return None;
+            }
+            tokio::select! {
+                _ = self.sandbox.exited() => return None,
+                () = tokio::time::sleep(RETRY) => {}
+            }
+        }
+        None
+    }
+}
+
+fn mounts(spec: &host::PodSpec, container: &host::Container) -> Vec<guest::Mount> {
+    let volumes: HashMap<_, _> = spec.volumes.iter().map(|volume| (volume.name.as_str(), volume)).collect();
+    let of = |mount: &host::VolumeMount| {
+        let source = volumes.get(mount.name.as_str())?.source.as_ref()?;
+        let host::volume::Source::EmptyDir(empty) = source;
+        Some(guest::Mount {
+            destination: mount.mount_path.clone(),
+            read_only: mount.read_only,
+            source: Some(guest::mount::Source::PodDirectory(guest::PodDirectory {
+                name: mount.name.clone(),
+                memory: empty.memory,
+                size_bytes: empty.size_limit_bytes,
+            })),
+        })
+    };
+    container.volume_mounts.iter().filter_map(of).collect()
+}
+
+/// Sends a signal to a container; one that has ended needs none.
+pub(super) async fn signal(sandbox: Arc<dyn Sandbox>, id: String, signal: u32, all_processes: bool) {
+    let request = guest::SignalContainerRequest { container_id: id.clone(), signal, all_processes };
+    let result: Result<_, Status> = sandbox.guest().signal_container(request).await;
+    if let Err(status) = result {
+        warn!(container = id, signal, %status, "signalling a container failed");
+    }
+}
