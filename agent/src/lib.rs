@@ -19,8 +19,10 @@
 //!
 //! `README.md` in this crate follows one pod through these modules.
 
+pub mod api;
 pub mod backend;
 pub mod cgroup;
+pub mod host;
 pub mod logs;
 pub mod metrics;
 pub mod network;

@@ -241,29 +241,29 @@ mod tests {
     }
 
     impl redb::StorageBackend for Disk {
-        fn len(&self) -> Result<u64, redb::BackendIoError> {
+        fn len(&self) -> Result<u64, io::Error> {
             Ok(self.0.lock().unwrap().written.len() as u64)
         }
-        fn read(&self, offset: u64, out: &mut [u8]) -> Result<(), redb::BackendIoError> {
+        fn read(&self, offset: u64, out: &mut [u8]) -> Result<(), io::Error> {
             let platter = self.0.lock().unwrap();
             let start = usize::try_from(offset).unwrap();
             let bytes = platter.written.get(start..start + out.len()).ok_or_else(|| io::Error::other("beyond the end"))?;
             out.copy_from_slice(bytes);
             Ok(())
         }
-        fn set_len(&self, len: u64) -> Result<(), redb::BackendIoError> {
+        fn set_len(&self, len: u64) -> Result<(), io::Error> {
             let mut platter = self.0.lock().unwrap();
             Self::spend(&mut platter)?;
             platter.written.resize(usize::try_from(len).unwrap(), 0);
             Ok(())
         }
-        fn sync_data(&self) -> Result<(), redb::BackendIoError> {
+        fn sync_data(&self) -> Result<(), io::Error> {
             let mut platter = self.0.lock().unwrap();
             Self::spend(&mut platter)?;
             platter.synced = platter.written.clone();
             Ok(())
         }
-        fn write(&self, offset: u64, data: &[u8]) -> Result<(), redb::BackendIoError> {
+        fn write(&self, offset: u64, data: &[u8]) -> Result<(), io::Error> {
             let mut platter = self.0.lock().unwrap();
             Self::spend(&mut platter)?;
             let start = usize::try_from(offset).unwrap();

@@ -1,0 +1,95 @@
+//! Errors as clients see them: a status code, a message that says what to do, and details that a program can read.
+
+use std::{collections::HashMap, time::Duration};
+
+use tonic::{Code, Status};
+use tonic_types::{ErrorDetails, FieldViolation, QuotaViolation, StatusExt as _};
+
+use crate::{
+    backend::ImageError,
+    pods::{PodError, journal::OutOfRange},
+};
+
+/// Domain of every `ErrorInfo`.
+pub const DOMAIN: &str = "flint.host";
+
+/// A status with an `ErrorInfo`.
+pub(super) fn fault(code: Code, reason: &str, message: impl Into<String>) -> Status {
+    Status::with_error_details(code, message, info(reason))
+}
+
+/// A status that says when to come again.
+pub(super) fn fault_retry(code: Code, reason: &str, message: impl Into<String>, after: Duration) -> Status {
+    let mut details = info(reason);
+    details.set_retry_info(Some(after));
+    Status::with_error_details(code, message, details)
+}
+
+/// A request with one wrong field.
+pub(super) fn bad_field(field: &str, description: impl Into<String>) -> Status {
+    let description = description.into();
+    let message = format!("{field} {description}");
+    let mut details = info("INVALID");
+    details.add_bad_request_violation(field, description);
+    Status::with_error_details(Code::InvalidArgument, message, details)
+}
+
+fn info(reason: &str) -> ErrorDetails {
+    ErrorDetails::with_error_info(reason, DOMAIN, HashMap::new())
+}
+
+impl From<PodError> for Status {
+    fn from(error: PodError) -> Self {
+        let message = error.to_string();
+        match error {
+            PodError::Invalid(violations) => {
+                let unsupported = violations.iter().all(|violation| violation.unsupported);
+                let (code, reason) =
+                    if unsupported { (Code::Unimplemented, "UNSUPPORTED") } else { (Code::InvalidArgument, "INVALID") };
+                let mut details = info(reason);
+                let violations = violations.into_iter().map(|v| FieldViolation::new(v.field, v.description));
+                details.set_bad_request(violations.collect::<Vec<_>>());
+                Status::with_error_details(code, message, details)
+            }
+            PodError::Shortage(shortage) => {
+                let mut details = info(shortage.reason);
+                details.set_quota_failure(vec![QuotaViolation::new("host", message.clone())]);
+                Status::with_error_details(Code::ResourceExhausted, message, details)
+            }
+            PodError::Draining => fault(Code::Unavailable, "DRAINING", message),
+            PodError::NotFound(_) => fault(Code::NotFound, "POD_NOT_FOUND", message),
+            PodError::Stale { .. } => fault(Code::Aborted, "STALE_GENERATION", message),
+            PodError::NotEnded(_) => fault(Code::FailedPrecondition, "POD_NOT_ENDED", message),
+            PodError::NoContainer { .. } => fault(Code::NotFound, "CONTAINER_NOT_FOUND", message),
+            PodError::NotRunning { .. } => fault(Code::FailedPrecondition, "CONTAINER_NOT_RUNNING", message),
+            PodError::NoPrevious(_) => fault(Code::NotFound, "NO_PREVIOUS_RUN", message),
+            PodError::Store(_) => fault_retry(Code::Unavailable, "STORE", message, Duration::from_secs(5)),
+            PodError::Logs { .. } => fault(Code::Internal, "LOGS", message),
+        }
+    }
+}
+
+impl From<ImageError> for Status {
+    fn from(error: ImageError) -> Self {
+        let message = error.to_string();
+        match error {
+            ImageError::Invalid(_) => fault(Code::InvalidArgument, "INVALID_IMAGE", message),
+            ImageError::NotFound(_) => fault(Code::NotFound, "IMAGE_NOT_FOUND", message),
+            ImageError::Denied(_) => fault(Code::PermissionDenied, "REGISTRY_DENIED", message),
+            ImageError::Unavailable(_) => {
+                fault_retry(Code::Unavailable, "REGISTRY_UNAVAILABLE", message, Duration::from_secs(10))
+            }
+            ImageError::Corrupt(_) => fault(Code::DataLoss, "IMAGE_CORRUPT", message),
+            ImageError::NoSpace(_) => fault(Code::ResourceExhausted, "NO_SPACE", message),
+            ImageError::Internal(_) => fault(Code::Internal, "IMAGE_STORE", message),
+        }
+    }
+}
+
+impl From<OutOfRange> for Status {
+    fn from(range: OutOfRange) -> Self {
+        let OutOfRange { oldest, newest } = range;
+        let message = format!("the history goes from revision {oldest} to {newest}: list the pods again and watch from there");
+        fault(Code::OutOfRange, "REVISION_OUT_OF_RANGE", message)
+    }
+}

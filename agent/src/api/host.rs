@@ -1,0 +1,80 @@
+//! `flint.host.v1.Host`.
+
+use std::time::{Duration, SystemTime};
+
+use flint_api::host::{self, host_server::Host};
+use tokio_stream::{StreamExt as _, wrappers::WatchStream};
+use tonic::{Code, Request, Response, Status, async_trait};
+
+use super::{
+    Answers, Api,
+    fault::{bad_field, fault, fault_retry},
+};
+use crate::{host::LeaseError, pods::duration};
+
+pub(super) fn lease_status(error: LeaseError) -> Status {
+    let message = error.to_string();
+    match error {
+        LeaseError::Held { remaining, .. } => {
+            fault_retry(Code::FailedPrecondition, "LEASE_HELD", message, remaining)
+        }
+        LeaseError::Lost { .. } => fault(Code::FailedPrecondition, "LEASE_LOST", message),
+        LeaseError::Store(_) => fault_retry(Code::Unavailable, "STORE", message, Duration::from_secs(5)),
+    }
+}
+
+impl Api {
+    /// The host now.
+    fn host_info(&self) -> host::HostInfo {
+        let allocated = self.pods.context().ledger.allocated();
+        self.pods.context().metrics.allocated(allocated);
+        host::HostInfo {
+            allocated: Some(allocated),
+            draining: self.control.draining(),
+            ..(*self.info).clone()
+        }
+    }
+}
+
+#[async_trait]
+impl Host for Api {
+    async fn get_host(&self, _: Request<host::GetHostRequest>) -> Result<Response<host::HostInfo>, Status> {
+        Ok(Response::new(self.host_info()))
+    }
+
+    type WatchHostStream = Answers<host::HostInfo>;
+
+    async fn watch_host(
+        &self,
+        _: Request<host::WatchHostRequest>,
+    ) -> Result<Response<Self::WatchHostStream>, Status> {
+        // The channel holds a version only: a slow client misses states in between, never the last one.
+        let changes = WatchStream::new(self.pods.context().host_changed.subscribe());
+        let api = self.clone();
+        Ok(Response::new(Box::pin(changes.map(move |_| Ok(api.host_info())))))
+    }
+
+    async fn acquire_lease(
+        &self,
+        request: Request<host::AcquireLeaseRequest>,
+    ) -> Result<Response<host::Lease>, Status> {
+        let request = request.into_inner();
+        if request.holder.is_empty() || request.holder.len() > 253 {
+            return Err(bad_field("holder", "must have 1 to 253 characters"));
+        }
+        let lasting = request.duration.ok_or_else(|| bad_field("duration", "must be set, 1 s to 1 h"))?;
+        let lease = self.control.acquire(&request.holder, duration(lasting), SystemTime::now()).await;
+        Ok(Response::new(lease.map_err(lease_status)?))
+    }
+
+    async fn drain(&self, request: Request<host::DrainRequest>) -> Result<Response<host::DrainResponse>, Status> {
+        let request = request.into_inner();
+        self.fence(request.lease_epoch)?;
+        self.control.drain(!request.resume).await.map_err(lease_status)?;
+        self.pods.context().changed();
+        if request.terminate_pods && !request.resume {
+            self.pods.terminate_all(false).await;
+        }
+        Ok(Response::new(host::DrainResponse {}))
+    }
+}

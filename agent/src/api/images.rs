@@ -1,0 +1,110 @@
+//! `flint.host.v1.Images`.
+
+use std::path::PathBuf;
+
+use flint_api::host::{self, images_server::Images};
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Code, Request, Response, Status, async_trait};
+
+use super::{
+    Answers, Api,
+    fault::{bad_field, fault},
+};
+use crate::backend::{ImageError, ImageInfo, PullOrder};
+
+/// Progress on its way to one client; a slow client gets less of it.
+const WINDOW: usize = 32;
+
+#[async_trait]
+impl Images for Api {
+    type PullStream = Answers<host::PullProgress>;
+
+    async fn pull(&self, request: Request<host::PullRequest>) -> Result<Response<Self::PullStream>, Status> {
+        let host::PullRequest { reference, credentials, if_not_present } = request.into_inner();
+        if reference.is_empty() {
+            return Err(bad_field("reference", "must be set"));
+        }
+        let images = self.pods.context().images.clone();
+        let order = PullOrder { reference, credentials, if_not_present };
+        Ok(self.stream(|progress| async move { images.pull(order, progress).await }))
+    }
+
+    type ImportStream = Answers<host::PullProgress>;
+
+    async fn import(&self, request: Request<host::ImportRequest>) -> Result<Response<Self::ImportStream>, Status> {
+        let host::ImportRequest { path, reference } = request.into_inner();
+        let path = PathBuf::from(path);
+        if !path.is_absolute() {
+            return Err(bad_field("path", "must be an absolute path on the host"));
+        }
+        let images = self.pods.context().images.clone();
+        let reference = Some(reference).filter(|reference| !reference.is_empty());
+        Ok(self.stream(|progress| async move { images.import(path, reference, progress).await }))
+    }
+
+    async fn list(
+        &self,
+        _: Request<host::ListImagesRequest>,
+    ) -> Result<Response<host::ListImagesResponse>, Status> {
+        let used = self.pods.images_in_use();
+        let mut images = self.pods.context().images.list().await?;
+        for image in &mut images {
+            image.in_use = used.contains(&image.digest);
+        }
+        Ok(Response::new(host::ListImagesResponse { images }))
+    }
+
+    async fn remove(
+        &self,
+        request: Request<host::RemoveImageRequest>,
+    ) -> Result<Response<host::RemoveImageResponse>, Status> {
+        let name = request.into_inner().image;
+        let images = &self.pods.context().images;
+        let found = images.get(&name).await?;
+        let found = found.ok_or_else(|| ImageError::NotFound(format!("no image {name} on this host")))?;
+        if self.pods.images_in_use().contains(&found.image.digest) {
+            let message = format!("image {name} is in use by a pod: terminate the pod first");
+            return Err(fault(Code::FailedPrecondition, "IMAGE_IN_USE", message));
+        }
+        // A reference among several loses its name only; the store decides.
+        let freed_bytes = images.remove(&name).await?;
+        Ok(Response::new(host::RemoveImageResponse { freed_bytes }))
+    }
+}
+
+impl Api {
+    /// Runs a pull or import and streams its progress; the last message has the image. A client that hangs up leaves it
+    /// running: others may wait for the same image.
+    fn stream<F>(
+        &self,
+        begin: impl FnOnce(mpsc::Sender<host::PullProgress>) -> F,
+    ) -> Response<Answers<host::PullProgress>>
+    where
+        F: Future<Output = Result<ImageInfo, ImageError>> + Send + 'static,
+    {
+        let (progress, mut reports) = mpsc::channel(WINDOW);
+        let (out, answers) = mpsc::channel(WINDOW);
+        let work = begin(progress);
+        let pods = self.pods.clone();
+        tokio::spawn(async move {
+            let forward = async {
+                while let Some(report) = reports.recv().await {
+                    // Gone clients are not told; the reports are still taken.
+                    let _ = out.send(Ok(report)).await;
+                }
+            };
+            let (result, ()) = tokio::join!(work, forward);
+            let last = result.map_err(Status::from).map(|found| {
+                let in_use = pods.images_in_use().contains(&found.image.digest);
+                host::PullProgress {
+                    stage: "done".into(),
+                    image: Some(host::Image { in_use, ..found.image }),
+                    ..host::PullProgress::default()
+                }
+            });
+            let _ = out.send(last).await;
+        });
+        Response::new(Box::pin(ReceiverStream::new(answers)))
+    }
+}

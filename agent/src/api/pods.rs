@@ -1,0 +1,104 @@
+//! `flint.host.v1.Pods`.
+
+use std::time::Duration;
+
+use flint_api::host::{self, pods_server::Pods};
+use tokio_stream::{StreamExt as _, wrappers::ReceiverStream};
+use tonic::{Request, Response, Status, async_trait};
+
+use super::{Answers, Api, fault::bad_field};
+use crate::pods::duration;
+
+/// Between bookmarks, where nothing happens: a client learns how far it is, and that the connection lives.
+const BOOKMARKS: Duration = Duration::from_secs(10);
+/// Events on their way to one client.
+const WINDOW: usize = 64;
+
+#[async_trait]
+impl Pods for Api {
+    async fn apply_pod(
+        &self,
+        request: Request<host::ApplyPodRequest>,
+    ) -> Result<Response<host::ApplyPodResponse>, Status> {
+        let request = request.into_inner();
+        self.fence(request.lease_epoch)?;
+        let meta = request.meta.ok_or_else(|| bad_field("meta", "must be set"))?;
+        let spec = request.spec.ok_or_else(|| bad_field("spec", "must be set"))?;
+        let materials = request.materials.unwrap_or_default();
+        let pod = self.pods.apply(meta, spec, materials, self.control.draining()).await?;
+        Ok(Response::new(host::ApplyPodResponse { pod: Some(pod) }))
+    }
+
+    async fn terminate_pod(
+        &self,
+        request: Request<host::TerminatePodRequest>,
+    ) -> Result<Response<host::TerminatePodResponse>, Status> {
+        let request = request.into_inner();
+        self.fence(request.lease_epoch)?;
+        if request.grace_period.is_some_and(|period| period.seconds < 0 || period.nanos < 0) {
+            return Err(bad_field("grace_period", "must not be negative"));
+        }
+        self.pods.terminate(&request.uid, request.grace_period.map(duration)).await?;
+        Ok(Response::new(host::TerminatePodResponse {}))
+    }
+
+    async fn forget_pod(
+        &self,
+        request: Request<host::ForgetPodRequest>,
+    ) -> Result<Response<host::ForgetPodResponse>, Status> {
+        let request = request.into_inner();
+        self.fence(request.lease_epoch)?;
+        self.pods.forget(&request.uid).await?;
+        Ok(Response::new(host::ForgetPodResponse {}))
+    }
+
+    async fn get_pod(&self, request: Request<host::GetPodRequest>) -> Result<Response<host::Pod>, Status> {
+        Ok(Response::new(self.pods.get(&request.into_inner().uid)?))
+    }
+
+    async fn list_pods(
+        &self,
+        _: Request<host::ListPodsRequest>,
+    ) -> Result<Response<host::ListPodsResponse>, Status> {
+        let (pods, revision) = self.pods.context().journal.list();
+        let pods = pods.iter().map(|pod| (**pod).clone()).collect();
+        Ok(Response::new(host::ListPodsResponse { pods, revision }))
+    }
+
+    type WatchPodsStream = Answers<host::PodEvent>;
+
+    async fn watch_pods(
+        &self,
+        request: Request<host::WatchPodsRequest>,
+    ) -> Result<Response<Self::WatchPodsStream>, Status> {
+        let mut watcher = self.pods.context().journal.watch(request.into_inner().from_revision)?;
+        let (out, answers) = tokio::sync::mpsc::channel(WINDOW);
+        tokio::spawn(async move {
+            loop {
+                let next = tokio::select! {
+                    next = tokio::time::timeout(BOOKMARKS, watcher.next()) => next,
+                    () = out.closed() => return,
+                };
+                let events = match next {
+                    Ok(Ok(events)) => events.iter().map(|event| (**event).clone()).collect(),
+                    Ok(Err(range)) => {
+                        // Whoever has hung up does not need to know.
+                        let _ = out.send(Err(range.into())).await;
+                        return;
+                    }
+                    Err(_elapsed) => vec![host::PodEvent {
+                        r#type: host::pod_event::Type::Bookmark.into(),
+                        pod: None,
+                        revision: watcher.at(),
+                    }],
+                };
+                for event in events {
+                    if out.send(Ok(event)).await.is_err() {
+                        return;
+                    }
+                }
+            }
+        });
+        Ok(Response::new(Box::pin(ReceiverStream::new(answers).map(|event| event))))
+    }
+}
