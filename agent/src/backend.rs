@@ -152,6 +152,12 @@ pub enum ImageError {
     /// What came is not what was asked for: a digest does not match, a layer is truncated or malformed.
     #[error("{0}")]
     Corrupt(String),
+    /// It needs something that Flint does not do.
+    #[error("{0}")]
+    Unsupported(String),
+    /// A sandbox reads it.
+    #[error("{0}")]
+    InUse(String),
     /// No room on this host.
     #[error("{0}")]
     NoSpace(String),
@@ -175,11 +181,8 @@ pub struct PullOrder {
 #[async_trait]
 pub trait Images: Send + Sync + 'static {
     /// Brings an image here. Progress goes to `progress`; a receiver that is slow or gone does not hold up the pull.
-    async fn pull(
-        &self,
-        order: PullOrder,
-        progress: mpsc::Sender<host::PullProgress>,
-    ) -> Result<ImageInfo, ImageError>;
+    async fn pull(&self, order: PullOrder, progress: mpsc::Sender<host::PullProgress>)
+    -> Result<ImageInfo, ImageError>;
     /// Takes an image from an OCI layout folder or an archive on this host.
     async fn import(
         &self,

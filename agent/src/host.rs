@@ -43,7 +43,9 @@ pub fn describe(state: &Path, reserve: Reserve) -> io::Result<HostInfo> {
         pods: reserve.pods,
     };
     let model = read("/proc/cpuinfo")?;
-    let model = model.lines().find_map(|line| line.strip_prefix("model name")?.split_once(": "));
+    let model = model
+        .lines()
+        .find_map(|line| line.strip_prefix("model name")?.split_once(": "));
     Ok(HostInfo {
         boot_id: read("/proc/sys/kernel/random/boot_id")?,
         hostname: read("/proc/sys/kernel/hostname")?,
@@ -69,7 +71,9 @@ pub fn describe(state: &Path, reserve: Reserve) -> io::Result<HostInfo> {
 /// `MemTotal` of /proc/meminfo, which is in KiB.
 fn mem_total(meminfo: &str) -> u64 {
     let line = meminfo.lines().find_map(|line| line.strip_prefix("MemTotal:"));
-    line.and_then(|line| line.trim().trim_end_matches("kB").trim().parse::<u64>().ok()).unwrap_or(0).saturating_mul(1024)
+    line.and_then(|line| line.trim().trim_end_matches("kB").trim().parse::<u64>().ok())
+        .unwrap_or(0)
+        .saturating_mul(1024)
 }
 
 /// A writer was refused.
@@ -108,7 +112,11 @@ pub struct HostControl {
 impl HostControl {
     /// As an earlier flintd left it.
     pub fn new(journal: Journal, state: HostState) -> Self {
-        Self { journal, state: Mutex::new(state), turn: tokio::sync::Mutex::default() }
+        Self {
+            journal,
+            state: Mutex::new(state),
+            turn: tokio::sync::Mutex::default(),
+        }
     }
 
     fn state(&self) -> MutexGuard<'_, HostState> {
@@ -124,7 +132,11 @@ impl HostControl {
     /// Refuses a writer whose epoch is not the present one. Until a lease was taken, every epoch is 0.
     pub fn check(&self, epoch: u64) -> Result<(), LeaseError> {
         let present = self.state().lease_epoch;
-        if epoch == present { Ok(()) } else { Err(LeaseError::Lost { given: epoch, present }) }
+        if epoch == present {
+            Ok(())
+        } else {
+            Err(LeaseError::Lost { given: epoch, present })
+        }
     }
 
     /// Takes or renews the lease.
@@ -132,11 +144,16 @@ impl HostControl {
         let _turn = self.turn.lock().await;
         let mut state = self.state().clone();
         let lasting = lasting.clamp(LEASE_BOUNDS.0, LEASE_BOUNDS.1);
-        let remaining =
-            state.lease_until.and_then(|until| system_time(until).duration_since(now).ok()).unwrap_or_default();
+        let remaining = state
+            .lease_until
+            .and_then(|until| system_time(until).duration_since(now).ok())
+            .unwrap_or_default();
         if state.lease_epoch == 0 || state.lease_holder != holder {
             if !remaining.is_zero() {
-                return Err(LeaseError::Held { holder: state.lease_holder, remaining });
+                return Err(LeaseError::Held {
+                    holder: state.lease_holder,
+                    remaining,
+                });
             }
             state.lease_epoch += 1;
             state.lease_holder = holder.to_owned();
@@ -153,12 +170,18 @@ impl HostControl {
     /// Stops or resumes taking pods.
     pub async fn drain(&self, draining: bool) -> Result<(), LeaseError> {
         let _turn = self.turn.lock().await;
-        let state = HostState { draining, ..self.state().clone() };
+        let state = HostState {
+            draining,
+            ..self.state().clone()
+        };
         self.keep(state).await
     }
 
     async fn keep(&self, state: HostState) -> Result<(), LeaseError> {
-        self.journal.commit(Change::Host(state.clone())).await.map_err(LeaseError::Store)?;
+        self.journal
+            .commit(Change::Host(state.clone()))
+            .await
+            .map_err(LeaseError::Store)?;
         *self.state() = state;
         Ok(())
     }
@@ -184,8 +207,14 @@ mod tests {
         let (minute, second) = (Duration::from_secs(60), Duration::from_secs(1));
         host.check(0).unwrap();
         let first = host.acquire("a", minute, now).await.unwrap();
-        assert_eq!(host.acquire("a", minute, now + second).await.unwrap().epoch, first.epoch);
-        assert!(matches!(host.acquire("b", minute, now + second).await, Err(LeaseError::Held { .. })));
+        assert_eq!(
+            host.acquire("a", minute, now + second).await.unwrap().epoch,
+            first.epoch
+        );
+        assert!(matches!(
+            host.acquire("b", minute, now + second).await,
+            Err(LeaseError::Held { .. })
+        ));
         assert!(matches!(host.check(0), Err(LeaseError::Lost { given: 0, present: 1 })));
         let second = host.acquire("b", minute, now + minute * 2).await.unwrap();
         assert!(second.epoch > first.epoch);
@@ -199,7 +228,11 @@ mod tests {
 
     #[test]
     fn this_machine_can_be_described() {
-        let reserve = Reserve { cpu_milli: 100, memory_bytes: 1 << 20, pods: 7 };
+        let reserve = Reserve {
+            cpu_milli: 100,
+            memory_bytes: 1 << 20,
+            pods: 7,
+        };
         let info = describe(Path::new("/"), reserve).unwrap();
         let (capacity, allocatable) = (info.capacity.unwrap(), info.allocatable.unwrap());
         assert!(capacity.memory_bytes > 64 << 20);

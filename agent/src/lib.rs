@@ -33,3 +33,17 @@ pub mod sandbox;
 pub mod scratch;
 pub mod store;
 pub mod timeline;
+
+/// An error with all its causes, outermost first. A cause that its parent's message has already is left out.
+pub fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        let next = error.to_string();
+        if !text.contains(&next) {
+            text = format!("{text}: {next}");
+        }
+        cause = error.source();
+    }
+    text
+}

@@ -53,7 +53,9 @@ pub struct Metrics {
 
 /// 1 ms to 16 s, doubling.
 fn buckets() -> Histogram {
-    Histogram::new(prometheus_client::metrics::histogram::exponential_buckets(0.001, 2.0, 15))
+    Histogram::new(prometheus_client::metrics::histogram::exponential_buckets(
+        0.001, 2.0, 15,
+    ))
 }
 
 impl Metrics {
@@ -73,7 +75,11 @@ impl Metrics {
         };
         let registry = &mut metrics.registry;
         registry.register("pods_accepted", "Pods taken in", metrics.pods_accepted.clone());
-        registry.register("container_starts", "Containers started", metrics.container_starts.clone());
+        registry.register(
+            "container_starts",
+            "Containers started",
+            metrics.container_starts.clone(),
+        );
         registry.register("log_bytes", "Bytes of container output", metrics.log_bytes.clone());
         registry.register("image_pulls", "Image pulls for pods, by result", metrics.pulls.clone());
         registry.register("pods", "Pods that have not ended", metrics.pods.clone());
@@ -105,15 +111,25 @@ impl Metrics {
 
     /// A pull for a pod ended.
     pub fn pulled(&self, good: bool) {
-        self.pulls.get_or_create(&ResultLabel { result: if good { "ok" } else { "error" } }).inc();
+        self.pulls
+            .get_or_create(&ResultLabel {
+                result: if good { "ok" } else { "error" },
+            })
+            .inc();
     }
 
     /// A sandbox was started. Stages of single containers are left out: their names would make the metric grow.
     pub fn launched(&self, took: Duration, timeline: &Timeline) {
         self.sandbox_start.observe(took.as_secs_f64());
-        for stage in timeline.stages().into_iter().filter(|stage| !stage.name.starts_with("container.")) {
+        for stage in timeline
+            .stages()
+            .into_iter()
+            .filter(|stage| !stage.name.starts_with("container."))
+        {
             let duration = stage.duration.map(crate::pods::duration).unwrap_or_default();
-            self.stages.get_or_create(&StageLabel { stage: stage.name }).observe(duration.as_secs_f64());
+            self.stages
+                .get_or_create(&StageLabel { stage: stage.name })
+                .observe(duration.as_secs_f64());
         }
     }
 
@@ -166,14 +182,19 @@ impl Metrics {
 
     fn answer<B>(&self, request: &Request<B>) -> Response<Full<Bytes>> {
         let (status, kind, body) = match (request.method(), request.uri().path()) {
-            (&Method::GET, "/metrics") => {
-                (StatusCode::OK, "application/openmetrics-text; version=1.0.0; charset=utf-8", self.text())
-            }
+            (&Method::GET, "/metrics") => (
+                StatusCode::OK,
+                "application/openmetrics-text; version=1.0.0; charset=utf-8",
+                self.text(),
+            ),
             _ => (StatusCode::NOT_FOUND, "text/plain", "GET /metrics\n".to_owned()),
         };
         let mut response = Response::new(Full::new(Bytes::from(body)));
         *response.status_mut() = status;
-        response.headers_mut().insert(hyper::header::CONTENT_TYPE, hyper::header::HeaderValue::from_static(kind));
+        response.headers_mut().insert(
+            hyper::header::CONTENT_TYPE,
+            hyper::header::HeaderValue::from_static(kind),
+        );
         response
     }
 }
@@ -202,7 +223,10 @@ mod tests {
         let address = listener.local_addr().unwrap();
         let server = tokio::spawn(metrics.serve(listener));
         let mut stream = tokio::net::TcpStream::connect(address).await.unwrap();
-        stream.write_all(b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n").await.unwrap();
+        stream
+            .write_all(b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n")
+            .await
+            .unwrap();
         let mut text = String::new();
         stream.read_to_string(&mut text).await.unwrap();
         for line in [

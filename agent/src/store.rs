@@ -29,7 +29,9 @@ pub enum StoreError {
         source: Box<redb::Error>,
     },
     /// A record cannot be read.
-    #[error("the state file {path} holds a record of pod {uid} that cannot be decoded ({source}): was it written by a newer flintd?")]
+    #[error(
+        "the state file {path} holds a record of pod {uid} that cannot be decoded ({source}): was it written by a newer flintd?"
+    )]
     Record {
         /// Which file.
         path: PathBuf,
@@ -91,7 +93,10 @@ pub struct Store {
 impl Store {
     /// Opens the state file, or makes it.
     pub fn open(path: &Path) -> Result<Self, StoreError> {
-        let mut store = Self { path: path.to_owned(), database: None };
+        let mut store = Self {
+            path: path.to_owned(),
+            database: None,
+        };
         store.database()?;
         Ok(store)
     }
@@ -99,12 +104,17 @@ impl Store {
     /// Over a storage of the test's own.
     #[cfg(test)]
     pub(crate) fn with_backend(backend: impl redb::StorageBackend) -> Result<Self, StoreError> {
-        let database = Database::builder().create_with_backend(backend).map_err(|source| StoreError::Database {
-            doing: "opening",
+        let database = Database::builder()
+            .create_with_backend(backend)
+            .map_err(|source| StoreError::Database {
+                doing: "opening",
+                path: PathBuf::new(),
+                source: Box::new(source.into()),
+            })?;
+        Ok(Self {
             path: PathBuf::new(),
-            source: Box::new(source.into()),
-        })?;
-        Ok(Self { path: PathBuf::new(), database: Some(database) })
+            database: Some(database),
+        })
     }
 
     fn database(&mut self) -> Result<&Database, StoreError> {
@@ -117,12 +127,21 @@ impl Store {
 
     /// Everything in it.
     pub fn load(&self) -> Result<Loaded, StoreError> {
-        let Some(database) = &self.database else { return Ok(Loaded::default()) };
+        let Some(database) = &self.database else {
+            return Ok(Loaded::default());
+        };
         let raw = read(database).map_err(|error| self.error("reading", error))?;
-        let mut loaded = Loaded { revision: raw.revision, ..Loaded::default() };
+        let mut loaded = Loaded {
+            revision: raw.revision,
+            ..Loaded::default()
+        };
         for (uid, bytes) in raw.pods {
             let record = PodRecord::decode(bytes.as_slice());
-            loaded.pods.push(record.map_err(|source| StoreError::Record { path: self.path.clone(), uid, source })?);
+            loaded.pods.push(record.map_err(|source| StoreError::Record {
+                path: self.path.clone(),
+                uid,
+                source,
+            })?);
         }
         loaded.host = HostState::decode(raw.host.as_slice()).map_err(|source| StoreError::Record {
             path: self.path.clone(),
@@ -145,7 +164,11 @@ impl Store {
     }
 
     fn error(&self, doing: &'static str, source: redb::Error) -> StoreError {
-        StoreError::Database { doing, path: self.path.clone(), source: Box::new(source) }
+        StoreError::Database {
+            doing,
+            path: self.path.clone(),
+            source: Box::new(source),
+        }
     }
 }
 
@@ -222,13 +245,21 @@ mod tests {
 
     impl Disk {
         fn failing_after(image: Vec<u8>, operations: usize) -> Self {
-            let platter = Platter { written: image.clone(), synced: image, operations_left: operations };
+            let platter = Platter {
+                written: image.clone(),
+                synced: image,
+                operations_left: operations,
+            };
             Self(Arc::new(Mutex::new(platter)))
         }
 
         fn after_power_failure(&self, keep_unsynced: bool) -> Vec<u8> {
             let platter = self.0.lock().unwrap();
-            if keep_unsynced { platter.written.clone() } else { platter.synced.clone() }
+            if keep_unsynced {
+                platter.written.clone()
+            } else {
+                platter.synced.clone()
+            }
         }
 
         fn spend(platter: &mut Platter) -> io::Result<()> {
@@ -247,7 +278,10 @@ mod tests {
         fn read(&self, offset: u64, out: &mut [u8]) -> Result<(), io::Error> {
             let platter = self.0.lock().unwrap();
             let start = usize::try_from(offset).unwrap();
-            let bytes = platter.written.get(start..start + out.len()).ok_or_else(|| io::Error::other("beyond the end"))?;
+            let bytes = platter
+                .written
+                .get(start..start + out.len())
+                .ok_or_else(|| io::Error::other("beyond the end"))?;
             out.copy_from_slice(bytes);
             Ok(())
         }
@@ -273,8 +307,18 @@ mod tests {
     }
 
     fn record(name: &str) -> PodRecord {
-        let meta = host::PodMeta { uid: "u".into(), name: name.into(), ..Default::default() };
-        PodRecord { pod: Some(host::Pod { meta: Some(meta), ..Default::default() }), ..Default::default() }
+        let meta = host::PodMeta {
+            uid: "u".into(),
+            name: name.into(),
+            ..Default::default()
+        };
+        PodRecord {
+            pod: Some(host::Pod {
+                meta: Some(meta),
+                ..Default::default()
+            }),
+            ..Default::default()
+        }
     }
 
     fn name(loaded: &Loaded) -> String {
@@ -287,9 +331,19 @@ mod tests {
         let path = folder.path().join("state.redb");
         let mut store = Store::open(&path).unwrap();
         assert_eq!(store.load().unwrap().revision, 0);
-        let host = HostState { lease_epoch: 3, draining: true, ..Default::default() };
+        let host = HostState {
+            lease_epoch: 3,
+            draining: true,
+            ..Default::default()
+        };
         store
-            .commit(&[Change::Put("u".into(), Box::new(record("one"))), Change::Host(host.clone())], 7)
+            .commit(
+                &[
+                    Change::Put("u".into(), Box::new(record("one"))),
+                    Change::Host(host.clone()),
+                ],
+                7,
+            )
             .unwrap();
         drop(store);
         let mut store = Store::open(&path).unwrap();
@@ -303,15 +357,16 @@ mod tests {
     fn wherever_the_power_fails_a_commit_is_there_wholly_or_not_at_all() {
         let healthy = Disk::failing_after(Vec::new(), usize::MAX);
         let mut store = Store::with_backend(healthy.clone()).unwrap();
-        store.commit(&[Change::Put("u".into(), Box::new(record("before")))], 1).unwrap();
+        store
+            .commit(&[Change::Put("u".into(), Box::new(record("before")))], 1)
+            .unwrap();
         drop(store);
         let image = healthy.after_power_failure(false);
         let (mut before, mut after) = (0, 0);
         for operations in 0.. {
             let disk = Disk::failing_after(image.clone(), operations);
-            let committed = Store::with_backend(disk.clone()).and_then(|mut store| {
-                store.commit(&[Change::Put("u".into(), Box::new(record("after")))], 2)
-            });
+            let committed = Store::with_backend(disk.clone())
+                .and_then(|mut store| store.commit(&[Change::Put("u".into(), Box::new(record("after")))], 2));
             for keep_unsynced in [false, true] {
                 let image = disk.after_power_failure(keep_unsynced);
                 let store = Store::with_backend(Disk::failing_after(image, usize::MAX)).unwrap();

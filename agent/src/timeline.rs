@@ -38,12 +38,19 @@ impl Timeline {
 
     /// A timeline that already has stages, for a pod that an earlier flintd started. New stages count from now.
     pub fn resume(stages: Vec<host::Stage>) -> Self {
-        Self(Arc::new(Inner { origin: Instant::now(), stages: Mutex::new(stages) }))
+        Self(Arc::new(Inner {
+            origin: Instant::now(),
+            stages: Mutex::new(stages),
+        }))
     }
 
     /// Begins a stage, for example `image.pull`.
     pub fn begin(&self, name: impl Into<String>) -> Stage {
-        Stage { timeline: self.clone(), name: name.into(), start: Instant::now() }
+        Stage {
+            timeline: self.clone(),
+            name: name.into(),
+            start: Instant::now(),
+        }
     }
 
     /// Records a moment: a stage without a duration.

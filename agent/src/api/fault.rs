@@ -44,10 +44,15 @@ impl From<PodError> for Status {
         match error {
             PodError::Invalid(violations) => {
                 let unsupported = violations.iter().all(|violation| violation.unsupported);
-                let (code, reason) =
-                    if unsupported { (Code::Unimplemented, "UNSUPPORTED") } else { (Code::InvalidArgument, "INVALID") };
+                let (code, reason) = if unsupported {
+                    (Code::Unimplemented, "UNSUPPORTED")
+                } else {
+                    (Code::InvalidArgument, "INVALID")
+                };
                 let mut details = info(reason);
-                let violations = violations.into_iter().map(|v| FieldViolation::new(v.field, v.description));
+                let violations = violations
+                    .into_iter()
+                    .map(|v| FieldViolation::new(v.field, v.description));
                 details.set_bad_request(violations.collect::<Vec<_>>());
                 Status::with_error_details(code, message, details)
             }
@@ -76,10 +81,15 @@ impl From<ImageError> for Status {
             ImageError::Invalid(_) => fault(Code::InvalidArgument, "INVALID_IMAGE", message),
             ImageError::NotFound(_) => fault(Code::NotFound, "IMAGE_NOT_FOUND", message),
             ImageError::Denied(_) => fault(Code::PermissionDenied, "REGISTRY_DENIED", message),
-            ImageError::Unavailable(_) => {
-                fault_retry(Code::Unavailable, "REGISTRY_UNAVAILABLE", message, Duration::from_secs(10))
-            }
+            ImageError::Unavailable(_) => fault_retry(
+                Code::Unavailable,
+                "REGISTRY_UNAVAILABLE",
+                message,
+                Duration::from_secs(10),
+            ),
             ImageError::Corrupt(_) => fault(Code::DataLoss, "IMAGE_CORRUPT", message),
+            ImageError::Unsupported(_) => fault(Code::Unimplemented, "IMAGE_UNSUPPORTED", message),
+            ImageError::InUse(_) => fault(Code::FailedPrecondition, "IMAGE_IN_USE", message),
             ImageError::NoSpace(_) => fault(Code::ResourceExhausted, "NO_SPACE", message),
             ImageError::Internal(_) => fault(Code::Internal, "IMAGE_STORE", message),
         }
@@ -89,7 +99,8 @@ impl From<ImageError> for Status {
 impl From<OutOfRange> for Status {
     fn from(range: OutOfRange) -> Self {
         let OutOfRange { oldest, newest } = range;
-        let message = format!("the history goes from revision {oldest} to {newest}: list the pods again and watch from there");
+        let message =
+            format!("the history goes from revision {oldest} to {newest}: list the pods again and watch from there");
         fault(Code::OutOfRange, "REVISION_OUT_OF_RANGE", message)
     }
 }

@@ -15,9 +15,7 @@ use crate::{host::LeaseError, pods::duration};
 pub(super) fn lease_status(error: LeaseError) -> Status {
     let message = error.to_string();
     match error {
-        LeaseError::Held { remaining, .. } => {
-            fault_retry(Code::FailedPrecondition, "LEASE_HELD", message, remaining)
-        }
+        LeaseError::Held { remaining, .. } => fault_retry(Code::FailedPrecondition, "LEASE_HELD", message, remaining),
         LeaseError::Lost { .. } => fault(Code::FailedPrecondition, "LEASE_LOST", message),
         LeaseError::Store(_) => fault_retry(Code::Unavailable, "STORE", message, Duration::from_secs(5)),
     }
@@ -27,7 +25,6 @@ impl Api {
     /// The host now.
     fn host_info(&self) -> host::HostInfo {
         let allocated = self.pods.context().ledger.allocated();
-        self.pods.context().metrics.allocated(allocated);
         host::HostInfo {
             allocated: Some(allocated),
             draining: self.control.draining(),
@@ -44,10 +41,7 @@ impl Host for Api {
 
     type WatchHostStream = Answers<host::HostInfo>;
 
-    async fn watch_host(
-        &self,
-        _: Request<host::WatchHostRequest>,
-    ) -> Result<Response<Self::WatchHostStream>, Status> {
+    async fn watch_host(&self, _: Request<host::WatchHostRequest>) -> Result<Response<Self::WatchHostStream>, Status> {
         // The channel holds a version only: a slow client misses states in between, never the last one.
         let changes = WatchStream::new(self.pods.context().host_changed.subscribe());
         let api = self.clone();
@@ -62,8 +56,13 @@ impl Host for Api {
         if request.holder.is_empty() || request.holder.len() > 253 {
             return Err(bad_field("holder", "must have 1 to 253 characters"));
         }
-        let lasting = request.duration.ok_or_else(|| bad_field("duration", "must be set, 1 s to 1 h"))?;
-        let lease = self.control.acquire(&request.holder, duration(lasting), SystemTime::now()).await;
+        let lasting = request
+            .duration
+            .ok_or_else(|| bad_field("duration", "must be set, 1 s to 1 h"))?;
+        let lease = self
+            .control
+            .acquire(&request.holder, duration(lasting), SystemTime::now())
+            .await;
         Ok(Response::new(lease.map_err(lease_status)?))
     }
 

@@ -21,12 +21,20 @@ impl Images for Api {
     type PullStream = Answers<host::PullProgress>;
 
     async fn pull(&self, request: Request<host::PullRequest>) -> Result<Response<Self::PullStream>, Status> {
-        let host::PullRequest { reference, credentials, if_not_present } = request.into_inner();
+        let host::PullRequest {
+            reference,
+            credentials,
+            if_not_present,
+        } = request.into_inner();
         if reference.is_empty() {
             return Err(bad_field("reference", "must be set"));
         }
         let images = self.pods.context().images.clone();
-        let order = PullOrder { reference, credentials, if_not_present };
+        let order = PullOrder {
+            reference,
+            credentials,
+            if_not_present,
+        };
         Ok(self.stream(|progress| async move { images.pull(order, progress).await }))
     }
 
@@ -43,10 +51,7 @@ impl Images for Api {
         Ok(self.stream(|progress| async move { images.import(path, reference, progress).await }))
     }
 
-    async fn list(
-        &self,
-        _: Request<host::ListImagesRequest>,
-    ) -> Result<Response<host::ListImagesResponse>, Status> {
+    async fn list(&self, _: Request<host::ListImagesRequest>) -> Result<Response<host::ListImagesResponse>, Status> {
         let used = self.pods.images_in_use();
         let mut images = self.pods.context().images.list().await?;
         for image in &mut images {
@@ -74,8 +79,8 @@ impl Images for Api {
 }
 
 impl Api {
-    /// Runs a pull or import and streams its progress; the last message has the image. A client that hangs up leaves it
-    /// running: others may wait for the same image.
+    /// Runs a pull or import and streams its progress; the last message has the image. A client that hangs up does not
+    /// wait any more: the store goes on only for others who do.
     fn stream<F>(
         &self,
         begin: impl FnOnce(mpsc::Sender<host::PullProgress>) -> F,
@@ -94,7 +99,10 @@ impl Api {
                     let _ = out.send(Ok(report)).await;
                 }
             };
-            let (result, ()) = tokio::join!(work, forward);
+            let result = tokio::select! {
+                (result, ()) = futures::future::join(work, forward) => result,
+                () = out.closed() => return,
+            };
             let last = result.map_err(Status::from).map(|found| {
                 let in_use = pods.images_in_use().contains(&found.image.digest);
                 host::PullProgress {

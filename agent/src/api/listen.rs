@@ -71,11 +71,19 @@ fn server() -> Server {
 
 /// A unix socket that only root, and one group if it is given, may use.
 pub fn unix(path: &Path, group: Option<u32>) -> Result<UnixListener, ListenError> {
-    let failed = |source| ListenError::Bind { address: path.display().to_string(), source };
+    let failed = |source| ListenError::Bind {
+        address: path.display().to_string(),
+        source,
+    };
     match fs::symlink_metadata(path) {
         // Left by a flintd that was killed: the lock file says that no other one runs.
         Ok(found) if found.file_type().is_socket() => fs::remove_file(path).map_err(failed)?,
-        Ok(_) => return Err(failed(io::Error::new(io::ErrorKind::AlreadyExists, "there is a file that is no socket"))),
+        Ok(_) => {
+            return Err(failed(io::Error::new(
+                io::ErrorKind::AlreadyExists,
+                "there is a file that is no socket",
+            )));
+        }
         Err(_) => {}
     }
     let listener = UnixListener::bind(path).map_err(failed)?;
@@ -99,7 +107,11 @@ fn admitted(listener: UnixListener, group: Option<u32>) -> impl Stream<Item = io
         match stream.peer_cred() {
             Ok(peer) if peer.uid() == 0 || peer.uid() == own || may(&peer, group) => Some(Ok(stream)),
             Ok(peer) => {
-                warn!(uid = peer.uid(), gid = peer.gid(), "refused a connection to the unix socket");
+                warn!(
+                    uid = peer.uid(),
+                    gid = peer.gid(),
+                    "refused a connection to the unix socket"
+                );
                 None
             }
             Err(error) => {
@@ -116,8 +128,12 @@ fn may(peer: &tokio::net::unix::UCred, group: Option<u32>) -> bool {
     if peer.gid() == group {
         return true;
     }
-    let supplementary = peer.pid().and_then(|pid| fs::read_to_string(format!("/proc/{pid}/status")).ok());
-    let groups = supplementary.as_deref().and_then(|text| text.lines().find_map(|line| line.strip_prefix("Groups:")));
+    let supplementary = peer
+        .pid()
+        .and_then(|pid| fs::read_to_string(format!("/proc/{pid}/status")).ok());
+    let groups = supplementary
+        .as_deref()
+        .and_then(|text| text.lines().find_map(|line| line.strip_prefix("Groups:")));
     groups.is_some_and(|groups| groups.split_whitespace().any(|gid| gid.parse() == Ok(group)))
 }
 
@@ -129,13 +145,20 @@ pub async fn serve_unix(
     stop: impl Future<Output = ()>,
 ) -> Result<(), ListenError> {
     let incoming = admitted(listener, group);
-    server().add_routes(routes).serve_with_incoming_shutdown(incoming, stop).await.map_err(ListenError::Serve)
+    server()
+        .add_routes(routes)
+        .serve_with_incoming_shutdown(incoming, stop)
+        .await
+        .map_err(ListenError::Serve)
 }
 
 /// A TCP listener.
 pub async fn tcp(address: SocketAddr) -> Result<TcpListener, ListenError> {
     let bound = TcpListener::bind(address).await;
-    bound.map_err(|source| ListenError::Bind { address: address.to_string(), source })
+    bound.map_err(|source| ListenError::Bind {
+        address: address.to_string(),
+        source,
+    })
 }
 
 /// Serves the API over TLS until told to stop; a client without a certificate of the CA gets no further than the
@@ -146,12 +169,21 @@ pub async fn serve_tls(
     routes: Routes,
     stop: impl Future<Output = ()>,
 ) -> Result<(), ListenError> {
-    let read = |path: &PathBuf| fs::read(path).map_err(|source| ListenError::TlsFile { path: path.clone(), source });
+    let read = |path: &PathBuf| {
+        fs::read(path).map_err(|source| ListenError::TlsFile {
+            path: path.clone(),
+            source,
+        })
+    };
     let tls = ServerTlsConfig::new()
         .identity(Identity::from_pem(read(&files.cert)?, read(&files.key)?))
         .client_ca_root(Certificate::from_pem(read(&files.client_ca)?))
         .timeout(Duration::from_secs(10));
     let mut server = server().tls_config(tls).map_err(ListenError::Tls)?;
     let incoming = TcpListenerStream::new(listener);
-    server.add_routes(routes).serve_with_incoming_shutdown(incoming, stop).await.map_err(ListenError::Serve)
+    server
+        .add_routes(routes)
+        .serve_with_incoming_shutdown(incoming, stop)
+        .await
+        .map_err(ListenError::Serve)
 }

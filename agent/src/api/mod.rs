@@ -6,7 +6,8 @@ mod images;
 pub mod listen;
 mod pods;
 mod streams;
-//TESTS
+#[cfg(test)]
+mod tests;
 
 use std::{pin::Pin, sync::Arc};
 
@@ -67,10 +68,7 @@ impl Api {
             .add_service(health)
             .add_service(reflection().build_v1()?)
             .add_service(reflection().build_v1alpha()?)
-            .add_service(
-                HostServer::new(self.clone())
-                    .max_decoding_message_size(MAX_REQUEST),
-            )
+            .add_service(HostServer::new(self.clone()).max_decoding_message_size(MAX_REQUEST))
             .add_service(
                 PodsServer::new(self.clone())
                     .max_decoding_message_size(MAX_REQUEST)

@@ -35,10 +35,15 @@ impl Pods for Api {
     ) -> Result<Response<host::TerminatePodResponse>, Status> {
         let request = request.into_inner();
         self.fence(request.lease_epoch)?;
-        if request.grace_period.is_some_and(|period| period.seconds < 0 || period.nanos < 0) {
+        if request
+            .grace_period
+            .is_some_and(|period| period.seconds < 0 || period.nanos < 0)
+        {
             return Err(bad_field("grace_period", "must not be negative"));
         }
-        self.pods.terminate(&request.uid, request.grace_period.map(duration)).await?;
+        self.pods
+            .terminate(&request.uid, request.grace_period.map(duration))
+            .await?;
         Ok(Response::new(host::TerminatePodResponse {}))
     }
 
@@ -56,10 +61,7 @@ impl Pods for Api {
         Ok(Response::new(self.pods.get(&request.into_inner().uid)?))
     }
 
-    async fn list_pods(
-        &self,
-        _: Request<host::ListPodsRequest>,
-    ) -> Result<Response<host::ListPodsResponse>, Status> {
+    async fn list_pods(&self, _: Request<host::ListPodsRequest>) -> Result<Response<host::ListPodsResponse>, Status> {
         let (pods, revision) = self.pods.context().journal.list();
         let pods = pods.iter().map(|pod| (**pod).clone()).collect();
         Ok(Response::new(host::ListPodsResponse { pods, revision }))

@@ -32,18 +32,14 @@ impl Streams for Api {
         let (out, entries) = mpsc::channel(WINDOW);
         let logs = self.pods.context().logs.clone();
         tokio::spawn(async move { logs.read(&request.uid, &container, query, out).await });
-        let answers = ReceiverStream::new(entries).map(|entry| {
-            entry.map_err(|error| fault(Code::Internal, "LOGS", format!("reading the log: {error}")))
-        });
+        let answers = ReceiverStream::new(entries)
+            .map(|entry| entry.map_err(|error| fault(Code::Internal, "LOGS", format!("reading the log: {error}"))));
         Ok(Response::new(Box::pin(answers)))
     }
 
     type ExecStream = Answers<host::ExecResponse>;
 
-    async fn exec(
-        &self,
-        request: Request<Streaming<host::ExecRequest>>,
-    ) -> Result<Response<Self::ExecStream>, Status> {
+    async fn exec(&self, request: Request<Streaming<host::ExecRequest>>) -> Result<Response<Self::ExecStream>, Status> {
         let mut frames = request.into_inner();
         let first = frames.message().await?.and_then(|message| message.frame);
         let Some(host::exec_request::Frame::Start(start)) = first else {
@@ -111,7 +107,10 @@ fn exec_start(container: &RunningContainer, start: &host::ExecStart) -> guest::e
 }
 
 fn size(size: host::TerminalSize) -> guest::TerminalSize {
-    guest::TerminalSize { rows: size.rows, columns: size.columns }
+    guest::TerminalSize {
+        rows: size.rows,
+        columns: size.columns,
+    }
 }
 
 /// The guest's word on why it did not work, under this API's domain.
@@ -189,16 +188,28 @@ async fn drain(
             }
         };
         let answer = match message {
-            Ok(Some(guest::ExecResponse { frame: Some(From::Stdout(bytes)) })) => Ok(frame(Frame::Stdout(bytes))),
-            Ok(Some(guest::ExecResponse { frame: Some(From::Stderr(bytes)) })) => Ok(frame(Frame::Stderr(bytes))),
-            Ok(Some(guest::ExecResponse { frame: Some(From::Exit(end)) })) => Ok(exit(end.exit_code, end.start_error)),
+            Ok(Some(guest::ExecResponse {
+                frame: Some(From::Stdout(bytes)),
+            })) => Ok(frame(Frame::Stdout(bytes))),
+            Ok(Some(guest::ExecResponse {
+                frame: Some(From::Stderr(bytes)),
+            })) => Ok(frame(Frame::Stderr(bytes))),
+            Ok(Some(guest::ExecResponse {
+                frame: Some(From::Exit(end)),
+            })) => Ok(exit(end.exit_code, end.start_error)),
             Ok(Some(guest::ExecResponse { frame: None })) => continue,
-            Ok(None) => Err(fault(Code::Unavailable, "GUEST", "the guest ended the stream without an exit code")),
+            Ok(None) => Err(fault(
+                Code::Unavailable,
+                "GUEST",
+                "the guest ended the stream without an exit code",
+            )),
             Err(status) => Err(from_guest(&status)),
         };
         let last = !matches!(
             &answer,
-            Ok(host::ExecResponse { frame: Some(Frame::Stdout(_) | Frame::Stderr(_)) })
+            Ok(host::ExecResponse {
+                frame: Some(Frame::Stdout(_) | Frame::Stderr(_))
+            })
         );
         if out.send(answer).await.is_err() || last {
             return;
@@ -221,14 +232,19 @@ async fn feed_attached(
     stdin: bool,
 ) {
     use host::attach_request::Frame;
-    let mut next = guest::InputFrame { container_id, ..guest::InputFrame::default() };
+    let mut next = guest::InputFrame {
+        container_id,
+        ..guest::InputFrame::default()
+    };
     loop {
         if input.send(next).await.is_err() {
             return;
         }
         next = guest::InputFrame::default();
         // A client that is gone, or half-closed, only lets go: another may attach later.
-        let Ok(Some(message)) = frames.message().await else { return };
+        let Ok(Some(message)) = frames.message().await else {
+            return;
+        };
         match message.frame {
             Some(Frame::Stdin(data)) if stdin => next.data = data,
             Some(Frame::StdinEof(_)) if stdin => next.eof = true,
@@ -242,7 +258,9 @@ async fn feed_attached(
 async fn follow(container: RunningContainer, out: mpsc::Sender<Result<host::ExecResponse, Status>>) {
     use host::exec_response::Frame;
     let mut output = container.output.subscribe();
-    let request = guest::WaitContainerRequest { container_id: container.guest_id.clone() };
+    let request = guest::WaitContainerRequest {
+        container_id: container.guest_id.clone(),
+    };
     let mut guest = container.sandbox.guest();
     let ended = guest.wait_container(request);
     tokio::pin!(ended);

@@ -15,7 +15,11 @@ pub(super) const MAX_TEXT: usize = 16 << 10;
 /// Appends a chunk of output as entries.
 pub(super) fn format(out: &mut Vec<u8>, time_ns: u64, stream: OutputStream, data: &[u8]) {
     let time = rfc3339(time_ns);
-    let name = if stream == OutputStream::Stderr { "stderr" } else { "stdout" };
+    let name = if stream == OutputStream::Stderr {
+        "stderr"
+    } else {
+        "stdout"
+    };
     for line in data.split_inclusive(|byte| *byte == b'\n') {
         let (text, complete) = match line.strip_suffix(b"\n") {
             Some(text) => (text, true),
@@ -49,7 +53,11 @@ pub(super) fn parse(line: &[u8]) -> Option<LogEntry> {
     if full {
         text.push(b'\n');
     }
-    Some(LogEntry { time: Some(timestamp(time)), stream: stream.into(), line: text })
+    Some(LogEntry {
+        time: Some(timestamp(time)),
+        stream: stream.into(),
+        line: text,
+    })
 }
 
 /// A moment in UTC, `2026-11-22T21:05:29.000000001Z`. Civil date from days by counting in eras of 400 years that begin in
@@ -69,16 +77,19 @@ fn rfc3339(time_ns: u64) -> String {
     format!("{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}.{nanos:09}Z")
 }
 
-/// Reads what [`rfc3339`] writes.
-fn parse_rfc3339(text: &str) -> Option<SystemTime> {
+/// Reads a moment in UTC, with or without a fraction of a second.
+pub(super) fn parse_rfc3339(text: &str) -> Option<SystemTime> {
     let (date, time) = text.strip_suffix('Z')?.split_once('T')?;
     let number = |text: Option<&str>| text.and_then(|text| text.parse::<u64>().ok());
     let mut date = date.split('-');
     let (year, month, day) = (number(date.next())?, number(date.next())?, number(date.next())?);
-    let (time, nanos) = time.split_once('.')?;
+    let (time, fraction) = time.split_once('.').unwrap_or((time, "0"));
     let mut time = time.split(':');
     let (hour, minute, second) = (number(time.next())?, number(time.next())?, number(time.next())?);
-    let nanos: u32 = nanos.parse().ok().filter(|nanos| *nanos < 1_000_000_000)?;
+    if fraction.is_empty() || fraction.len() > 9 || !fraction.bytes().all(|byte| byte.is_ascii_digit()) {
+        return None;
+    }
+    let nanos: u32 = format!("{fraction:0<9}").parse().ok()?;
     if !(1970..=9999).contains(&year) || !(1..=12).contains(&month) || !(1..=31).contains(&day) {
         return None;
     }
@@ -102,7 +113,12 @@ mod tests {
     #[test]
     fn entries_read_as_a_kubelet_expects_them() {
         let mut out = Vec::new();
-        format(&mut out, 1_795_381_529_000_000_042, OutputStream::Stdout, b"hello\n\nwor");
+        format(
+            &mut out,
+            1_795_381_529_000_000_042,
+            OutputStream::Stdout,
+            b"hello\n\nwor",
+        );
         format(&mut out, 951_782_399_999_999_999, OutputStream::Stderr, b"ld\n");
         assert_eq!(
             String::from_utf8(out).unwrap(),
@@ -115,14 +131,21 @@ mod tests {
 
     #[test]
     fn what_is_written_is_read_back_with_time_stream_and_newline() {
-        for (time, data) in [(0, "a b c\n"), (951_827_696_123_456_789, "partial"), (4_102_444_800_000_000_000, "\n")] {
+        for (time, data) in [
+            (0, "a b c\n"),
+            (951_827_696_123_456_789, "partial"),
+            (4_102_444_800_000_000_000, "\n"),
+        ] {
             let mut out = Vec::new();
             format(&mut out, time, OutputStream::Stderr, data.as_bytes());
             let entry = parse(out.strip_suffix(b"\n").unwrap()).unwrap();
             assert_eq!(entry.line, data.as_bytes());
             assert_eq!(entry.stream(), OutputStream::Stderr);
             let read = entry.time.unwrap();
-            assert_eq!(u64::try_from(read.seconds).unwrap() * 1_000_000_000 + u64::try_from(read.nanos).unwrap(), time);
+            assert_eq!(
+                u64::try_from(read.seconds).unwrap() * 1_000_000_000 + u64::try_from(read.nanos).unwrap(),
+                time
+            );
         }
     }
 
@@ -144,7 +167,14 @@ mod tests {
 
     #[test]
     fn what_is_not_an_entry_is_not_taken_for_one() {
-        for line in ["", "x", "2026-11-22T21:05:29.1Z stdout", "2026-13-22T21:05:29.1Z stdout F x", "9 stdout F x"] {
+        for line in [
+            "",
+            "x",
+            "2026-11-22T21:05:29.1Z stdout",
+            "2026-11-22T21:05:29.x1Z stdout F x",
+            "2026-13-22T21:05:29.1Z stdout F x",
+            "9 stdout F x",
+        ] {
             assert!(parse(line.as_bytes()).is_none(), "{line}");
         }
     }

@@ -55,7 +55,10 @@ pub struct Query {
 impl Logs {
     /// Logs below a folder.
     pub fn new(root: PathBuf) -> Self {
-        Self { root, containers: Mutex::default() }
+        Self {
+            root,
+            containers: Mutex::default(),
+        }
     }
 
     fn containers(&self) -> MutexGuard<'_, HashMap<(String, String), watch::Sender<Progress>>> {
@@ -71,7 +74,9 @@ impl Logs {
     /// The youngest run that has a log.
     pub fn youngest(&self, uid: &str, container: &str) -> Option<u32> {
         let entries = fs::read_dir(self.root.join(uid).join(container)).ok()?;
-        entries.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok()).max()
+        entries
+            .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok())
+            .max()
     }
 
     /// A container will have output: followers may wait for it.
@@ -115,16 +120,20 @@ impl Logs {
     }
 
     /// Reads a log into `out`, until its end or until nobody listens.
-    pub async fn read(
-        &self,
-        uid: &str,
-        container: &str,
-        query: Query,
-        out: mpsc::Sender<io::Result<LogEntry>>,
-    ) {
+    pub async fn read(&self, uid: &str, container: &str, query: Query, out: mpsc::Sender<io::Result<LogEntry>>) {
         // Subscribed before the first read, so that nothing falls in between. No sender: the container has ended.
-        let news = self.containers().get(&(uid.into(), container.into())).map(watch::Sender::subscribe);
-        let reading = Reading { logs: self, uid, container, query, news: news.filter(|_| query.follow), out: &out };
+        let news = self
+            .containers()
+            .get(&(uid.into(), container.into()))
+            .map(watch::Sender::subscribe);
+        let reading = Reading {
+            logs: self,
+            uid,
+            container,
+            query,
+            news: news.filter(|_| query.follow),
+            out: &out,
+        };
         if let Err(error) = reading.run().await {
             // The listener may have gone meanwhile.
             let _ = out.send(Err(error)).await;
@@ -249,7 +258,10 @@ mod tests {
     }
 
     async fn line(entries: &mut mpsc::Receiver<io::Result<LogEntry>>) -> Option<String> {
-        entries.recv().await.map(|entry| String::from_utf8(entry.unwrap().line).unwrap())
+        entries
+            .recv()
+            .await
+            .map(|entry| String::from_utf8(entry.unwrap().line).unwrap())
     }
 
     #[tokio::test]
@@ -257,7 +269,13 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let logs = Arc::new(Logs::new(folder.path().into()));
         logs.expect("u", "web");
-        let mut entries = follow(&logs, Query { follow: true, ..Query::default() });
+        let mut entries = follow(
+            &logs,
+            Query {
+                follow: true,
+                ..Query::default()
+            },
+        );
         let mut writer = logs.begin("u", "web", 0).unwrap();
         write(&logs, &mut writer, "first\n");
         assert_eq!(line(&mut entries).await.unwrap(), "first\n");
@@ -276,7 +294,14 @@ mod tests {
         let logs = Arc::new(Logs::new(folder.path().into()));
         let mut writer = logs.begin("u", "web", 0).unwrap();
         write(&logs, &mut writer, "one\ntwo\n");
-        let mut entries = follow(&logs, Query { run: Some(0), limit_bytes: 6, ..Query::default() });
+        let mut entries = follow(
+            &logs,
+            Query {
+                run: Some(0),
+                limit_bytes: 6,
+                ..Query::default()
+            },
+        );
         assert_eq!(line(&mut entries).await.unwrap(), "one\n");
         assert_eq!(line(&mut entries).await.unwrap(), "tw");
         assert_eq!(line(&mut entries).await, None);

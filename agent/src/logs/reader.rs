@@ -36,11 +36,22 @@ pub struct RunReader {
 impl RunReader {
     /// Begins at the oldest entry kept, or `tail` lines before the end. A run without a log has no entries.
     pub fn open(folder: &Path, tail: Option<u64>, since: Option<SystemTime>) -> io::Result<Self> {
-        let mut reader =
-            Self { folder: folder.to_owned(), opened: VecDeque::new(), current: None, since, skip: 0 };
+        let mut reader = Self {
+            folder: folder.to_owned(),
+            opened: VecDeque::new(),
+            current: None,
+            since,
+            skip: 0,
+        };
         reader.open_files(0)?;
         if let Some(tail) = tail {
-            let mut counting = Self { folder: folder.to_owned(), opened: VecDeque::new(), current: None, since, skip: 0 };
+            let mut counting = Self {
+                folder: folder.to_owned(),
+                opened: VecDeque::new(),
+                current: None,
+                since,
+                skip: 0,
+            };
             counting.open_files(0)?;
             let (entries, keep) = counting.count(tail)?;
             reader.skip = entries - keep;
@@ -81,7 +92,11 @@ impl RunReader {
             line_begins = entry.line.ends_with(b"\n");
             entries += 1;
         }
-        let first = if lines <= tail { 0 } else { begins.front().copied().unwrap_or(entries) };
+        let first = if lines <= tail {
+            0
+        } else {
+            begins.front().copied().unwrap_or(entries)
+        };
         Ok((entries, entries - first))
     }
 
@@ -103,7 +118,10 @@ impl RunReader {
     fn next_entry(&mut self) -> io::Result<Option<LogEntry>> {
         loop {
             if self.current.is_none() {
-                self.current = self.opened.pop_front().map(|(number, file)| (number, BufReader::new(file)));
+                self.current = self
+                    .opened
+                    .pop_front()
+                    .map(|(number, file)| (number, BufReader::new(file)));
             }
             let Some((number, file)) = &mut self.current else {
                 self.open_files(0)?;
@@ -198,7 +216,11 @@ mod tests {
             write(&mut writer, 1, data);
         }
         for (tail, text) in [(0, ""), (1, "four"), (2, "three\nfour"), (9, "one\ntwo\nthree\nfour")] {
-            assert_eq!(all(&mut RunReader::open(folder.path(), Some(tail), None).unwrap()), text, "tail {tail}");
+            assert_eq!(
+                all(&mut RunReader::open(folder.path(), Some(tail), None).unwrap()),
+                text,
+                "tail {tail}"
+            );
         }
     }
 
@@ -209,7 +231,10 @@ mod tests {
         write(&mut writer, 1_000_000_000, "old\n");
         write(&mut writer, 2_000_000_000, "new\n");
         let since = SystemTime::UNIX_EPOCH + std::time::Duration::from_secs(2);
-        assert_eq!(all(&mut RunReader::open(folder.path(), None, Some(since)).unwrap()), "new\n");
+        assert_eq!(
+            all(&mut RunReader::open(folder.path(), None, Some(since)).unwrap()),
+            "new\n"
+        );
     }
 
     #[test]

@@ -60,7 +60,16 @@ impl RunWriter {
         }
         let file = open(folder, number)?;
         file.set_len(length)?;
-        Ok(Self { folder: folder.to_owned(), limit, file, checkpoint, number, length, offset, buffer: Vec::new() })
+        Ok(Self {
+            folder: folder.to_owned(),
+            limit,
+            file,
+            checkpoint,
+            number,
+            length,
+            offset,
+            buffer: Vec::new(),
+        })
     }
 
     /// Where in the container's output to go on reading.
@@ -71,7 +80,9 @@ impl RunWriter {
     /// Appends a chunk that began at `offset`; what is known already is left out.
     pub fn append(&mut self, offset: u64, time_ns: u64, stream: OutputStream, data: &[u8]) -> io::Result<()> {
         let known = usize::try_from(self.offset.saturating_sub(offset)).unwrap_or(usize::MAX);
-        let Some(data) = data.get(known..).filter(|data| !data.is_empty()) else { return Ok(()) };
+        let Some(data) = data.get(known..).filter(|data| !data.is_empty()) else {
+            return Ok(());
+        };
         let end = self.offset.max(offset).saturating_add(data.len() as u64);
         self.buffer.clear();
         cri::format(&mut self.buffer, time_ns, stream, data);
@@ -111,7 +122,10 @@ pub(super) fn numbers(folder: &Path) -> io::Result<Vec<u64>> {
     let mut numbers = Vec::new();
     for entry in fs::read_dir(folder)? {
         let name = entry?.file_name();
-        let number: Option<u64> = name.to_str().and_then(|name| name.strip_suffix(".log")).and_then(|number| number.parse().ok());
+        let number: Option<u64> = name
+            .to_str()
+            .and_then(|name| name.strip_suffix(".log"))
+            .and_then(|number| number.parse().ok());
         numbers.extend(number);
     }
     numbers.sort_unstable();
@@ -119,7 +133,11 @@ pub(super) fn numbers(folder: &Path) -> io::Result<Vec<u64>> {
 }
 
 fn open(folder: &Path, number: u64) -> io::Result<File> {
-    OpenOptions::new().write(true).create(true).truncate(false).open(folder.join(file_name(number)))
+    OpenOptions::new()
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .open(folder.join(file_name(number)))
 }
 
 /// Three numbers in one write of 24 bytes, which a kill cannot cut in two.
@@ -164,7 +182,10 @@ mod tests {
         let mut writer = RunWriter::open(folder.path()).unwrap();
         writer.append(0, 1, OUT, b"one\n").unwrap();
         // Killed after the file grew and before the checkpoint followed.
-        writer.file.write_all_at(b"1970-01-01T00:00:00.000000002Z stdout F tw", writer.length).unwrap();
+        writer
+            .file
+            .write_all_at(b"1970-01-01T00:00:00.000000002Z stdout F tw", writer.length)
+            .unwrap();
         drop(writer);
         let mut writer = RunWriter::open(folder.path()).unwrap();
         assert_eq!(writer.offset(), 4);

@@ -105,8 +105,14 @@ impl Actor {
         let spec = Arc::new(pod.spec.unwrap_or_default());
         let (sender, inputs) = mpsc::channel(QUEUE);
         let containers = spec.containers.iter().map(|_| (0, false, attached())).collect();
-        let live = Arc::new(Mutex::new(Live { sandbox: None, containers }));
-        let handle = Handle { commands: sender.clone(), live: live.clone() };
+        let live = Arc::new(Mutex::new(Live {
+            sandbox: None,
+            containers,
+        }));
+        let handle = Handle {
+            commands: sender.clone(),
+            live: live.clone(),
+        };
         let machine = record.machine(SystemTime::now());
         let uid = pod.meta.unwrap_or_default().uid;
         for container in &spec.containers {
@@ -264,7 +270,9 @@ impl Actor {
     }
 
     fn pull(&mut self, index: usize) {
-        let Some(container) = self.spec.containers.get(index).cloned() else { return };
+        let Some(container) = self.spec.containers.get(index).cloned() else {
+            return;
+        };
         let context = self.context.clone();
         let credentials = self.credentials.get(registry(&container.image)).cloned();
         let timeline = self.timeline.clone();
@@ -274,7 +282,10 @@ impl Actor {
             if result.is_ok() {
                 stage.end();
             }
-            Some(Input::Event(Event::Pulled { container: index, result }))
+            Some(Input::Event(Event::Pulled {
+                container: index,
+                result,
+            }))
         });
     }
 
@@ -314,9 +325,18 @@ impl Actor {
     }
 
     fn identity(&self) -> Identity {
-        let name = self.record.pod.as_ref().and_then(|pod| pod.meta.as_ref()).map(|meta| meta.name.as_str());
+        let name = self
+            .record
+            .pod
+            .as_ref()
+            .and_then(|pod| pod.meta.as_ref())
+            .map(|meta| meta.name.as_str());
         // A pod's name may have dots and be longer than a host name can be (Kubernetes cuts it, too).
-        let hostname = if self.spec.hostname.is_empty() { name.unwrap_or_default() } else { &self.spec.hostname };
+        let hostname = if self.spec.hostname.is_empty() {
+            name.unwrap_or_default()
+        } else {
+            &self.spec.hostname
+        };
         let hostname: String = hostname.chars().take(63).collect();
         Identity {
             hostname: hostname.trim_end_matches(['-', '.']).to_owned(),
@@ -329,7 +349,10 @@ impl Actor {
                 .spec
                 .host_aliases
                 .iter()
-                .map(|alias| guest::HostAlias { ip: alias.ip.clone(), hostnames: alias.hostnames.clone() })
+                .map(|alias| guest::HostAlias {
+                    ip: alias.ip.clone(),
+                    hostnames: alias.hostnames.clone(),
+                })
                 .collect(),
             sysctls: self.spec.security_context.clone().unwrap_or_default().sysctls,
         }
@@ -344,7 +367,14 @@ impl Actor {
 
     fn the_run(&self, index: usize, run: u32) -> Option<Run> {
         let digest = self.machine.digests()?.get(index).map(|digest| (*digest).to_owned())?;
-        let attached = self.live.lock().unwrap_or_else(PoisonError::into_inner).containers.get(index)?.2.clone();
+        let attached = self
+            .live
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .containers
+            .get(index)?
+            .2
+            .clone();
         Some(Run {
             context: self.context.clone(),
             sandbox: self.sandbox.clone()?,
@@ -360,7 +390,9 @@ impl Actor {
     }
 
     fn run_container(&mut self, container: usize, run: u32) {
-        let Some(this) = self.the_run(container, run) else { return };
+        let Some(this) = self.the_run(container, run) else {
+            return;
+        };
         let sender = self.sender.clone();
         self.spawn(async move {
             if let Err(error) = this.create().await {
@@ -376,15 +408,26 @@ impl Actor {
     }
 
     fn stop(&mut self, container: usize) {
-        let (Some(sandbox), Some(id)) = (self.sandbox.clone(), self.guest_id(container)) else { return };
-        let digest = self.machine.digests().and_then(|digests| digests.get(container).map(|digest| (*digest).to_owned()));
+        let (Some(sandbox), Some(id)) = (self.sandbox.clone(), self.guest_id(container)) else {
+            return;
+        };
+        let digest = self
+            .machine
+            .digests()
+            .and_then(|digests| digests.get(container).map(|digest| (*digest).to_owned()));
         let context = self.context.clone();
         self.spawn(async move {
             let image = match digest {
                 Some(digest) => context.images.get(&digest).await.ok().flatten(),
                 None => None,
             };
-            signal(sandbox, id, process::stop_signal(&image.unwrap_or_default().config), false).await;
+            signal(
+                sandbox,
+                id,
+                process::stop_signal(&image.unwrap_or_default().config),
+                false,
+            )
+            .await;
             None
         });
     }
@@ -426,18 +469,31 @@ impl Actor {
         self.hold(&sandbox);
         let runs: Vec<_> = self.machine.runs().map(|(run, _)| run).collect();
         let known = |index: usize, run: u32| {
-            let id = self.spec.containers.get(index).map(|container| guest_id(&container.name, run));
+            let id = self
+                .spec
+                .containers
+                .get(index)
+                .map(|container| guest_id(&container.name, run));
             listed.iter().any(|status| {
                 Some(&status.container_id) == id.as_ref() && matches!(status.state(), State::Running | State::Exited)
             })
         };
-        let started: Vec<_> =
-            runs.iter().enumerate().filter(|(index, run)| known(*index, **run)).map(|(index, _)| index).collect();
-        let event = Event::TakenOver { addresses: sandbox.addresses(), started: started.clone() };
+        let started: Vec<_> = runs
+            .iter()
+            .enumerate()
+            .filter(|(index, run)| known(*index, **run))
+            .map(|(index, _)| index)
+            .collect();
+        let event = Event::TakenOver {
+            addresses: sandbox.addresses(),
+            started: started.clone(),
+        };
         self.handle(event).await;
         let going: Vec<_> = self.machine.runs().map(|(run, runs)| (run, runs)).collect();
         for index in started {
-            let Some((run, true)) = going.get(index).copied() else { continue };
+            let Some((run, true)) = going.get(index).copied() else {
+                continue;
+            };
             let Some(this) = self.the_run(index, run) else { continue };
             let sender = self.sender.clone();
             self.spawn(async move { follow(&this, sender).await });
@@ -447,7 +503,10 @@ impl Actor {
 
 /// Waits for a run's end.
 async fn follow(run: &Run, sender: mpsc::Sender<Input>) -> Option<Input> {
-    let (timeline, stage) = (run.timeline.clone(), format!("container.{}.first-output", run.spec.containers[run.index].name));
+    let (timeline, stage) = (
+        run.timeline.clone(),
+        format!("container.{}.first-output", run.spec.containers[run.index].name),
+    );
     let first_run = run.run == 0;
     let exit = run
         .finish(move || {
@@ -458,7 +517,11 @@ async fn follow(run: &Run, sender: mpsc::Sender<Input>) -> Option<Input> {
             }
         })
         .await?;
-    Some(Input::Event(Event::Exited { container: run.index, run: run.run, exit }))
+    Some(Input::Event(Event::Exited {
+        container: run.index,
+        run: run.run,
+        exit,
+    }))
 }
 
 /// The digest of a container's image, pulled if its policy says so.
@@ -482,7 +545,17 @@ async fn pull(
         let if_not_present = policy == host::ImagePullPolicy::PullIfNotPresent;
         // Nobody looks at a pod's pull progress; a closed channel is what the store expects then.
         let (progress, _) = mpsc::channel(1);
-        context.images.pull(PullOrder { reference, credentials, if_not_present }, progress).await
+        context
+            .images
+            .pull(
+                PullOrder {
+                    reference,
+                    credentials,
+                    if_not_present,
+                },
+                progress,
+            )
+            .await
     };
     context.metrics.pulled(result.is_ok());
     result.map(|image| image.image.digest).map_err(|error| {
@@ -500,7 +573,11 @@ fn pull_policy(container: &host::Container) -> host::ImagePullPolicy {
         host::ImagePullPolicy::Unspecified => {
             let name = container.image.rsplit('/').next().unwrap_or_default();
             let floating = !container.image.contains('@') && (!name.contains(':') || name.ends_with(":latest"));
-            if floating { host::ImagePullPolicy::PullAlways } else { host::ImagePullPolicy::PullIfNotPresent }
+            if floating {
+                host::ImagePullPolicy::PullAlways
+            } else {
+                host::ImagePullPolicy::PullIfNotPresent
+            }
         }
         said => said,
     }
@@ -518,16 +595,25 @@ async fn launch(context: &Context, plan: SandboxPlan, timeline: Timeline) -> Res
     let failed = |message: String| StepError::new("FailedCreatePodSandBox", message);
     let images = plan.images.len();
     let begun = std::time::Instant::now();
-    let sandbox =
-        context.sandboxes.launch(plan, timeline.clone()).await.map_err(|error| failed(error.to_string()))?;
+    let sandbox = context
+        .sandboxes
+        .launch(plan, timeline.clone())
+        .await
+        .map_err(|error| failed(error.to_string()))?;
     let stage = timeline.begin("guest.images");
     for number in 0..images {
         let id = format!("image-{number}");
-        let request = guest::MountImageRequest { image_id: id.clone(), disk_serial: id.clone() };
+        let request = guest::MountImageRequest {
+            image_id: id.clone(),
+            disk_serial: id.clone(),
+        };
         if let Err(status) = sandbox.guest().mount_image(request).await {
             sandbox.kill().await;
             let exit = sandbox.exited().await;
-            return Err(failed(format!("mounting {id} in the guest: {}; {exit}", status.message())));
+            return Err(failed(format!(
+                "mounting {id} in the guest: {}; {exit}",
+                status.message()
+            )));
         }
     }
     stage.end();
@@ -548,6 +634,14 @@ pub(super) fn new_record(meta: host::PodMeta, spec: host::PodSpec) -> PodRecord 
         observed_generation: meta.generation,
         ..Machine::new(&spec).status()
     };
-    let pod = host::Pod { meta: Some(meta), spec: Some(spec), status: Some(status), revision: 0 };
-    PodRecord { pod: Some(pod), ..PodRecord::default() }
+    let pod = host::Pod {
+        meta: Some(meta),
+        spec: Some(spec),
+        status: Some(status),
+        revision: 0,
+    };
+    PodRecord {
+        pod: Some(pod),
+        ..PodRecord::default()
+    }
 }

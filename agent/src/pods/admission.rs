@@ -47,15 +47,16 @@ impl Sizing {
             let resources = container.resources.unwrap_or_default();
             limit_milli = limit_milli.saturating_add(resources.cpu_limit_milli);
             cpu_milli = cpu_milli.saturating_add(first_set(resources.cpu_request_milli, resources.cpu_limit_milli));
-            memory = memory
-                .saturating_add(first_set(resources.memory_limit_bytes, resources.memory_request_bytes));
+            memory = memory.saturating_add(first_set(resources.memory_limit_bytes, resources.memory_request_bytes));
             unbounded |= resources.memory_limit_bytes == 0 && resources.memory_request_bytes == 0;
         }
         if unbounded {
             memory = memory.saturating_add(self.default_memory_bytes);
         }
         let memory = memory.saturating_add(self.overhead_bytes);
-        let vcpus = limit_milli.div_ceil(1000).clamp(1, MAX_VCPUS.min(self.host_cpus.max(1)));
+        let vcpus = limit_milli
+            .div_ceil(1000)
+            .clamp(1, MAX_VCPUS.min(self.host_cpus.max(1)));
         Size {
             vcpus: u32::try_from(vcpus).unwrap_or(1),
             memory_bytes: memory.checked_next_multiple_of(MEMORY_STEP).unwrap_or(u64::MAX),
@@ -91,7 +92,10 @@ pub struct Ledger {
 impl Ledger {
     /// Nothing is taken yet.
     pub fn new(allocatable: Amounts) -> Self {
-        Self { allocatable, taken: Mutex::default() }
+        Self {
+            allocatable,
+            taken: Mutex::default(),
+        }
     }
 
     fn taken(&self) -> MutexGuard<'_, HashMap<String, Size>> {
@@ -114,14 +118,38 @@ impl Ledger {
         let mut taken = self.taken();
         let used = sum(&taken);
         let checks = [
-            ("OutOfpods", "pods", 1, u64::from(used.pods), u64::from(self.allocatable.pods)),
-            ("OutOfcpu", "thousandths of a CPU", size.cpu_milli, used.cpu_milli, self.allocatable.cpu_milli),
-            ("OutOfmemory", "bytes of memory", size.memory_bytes, used.memory_bytes, self.allocatable.memory_bytes),
+            (
+                "OutOfpods",
+                "pods",
+                1,
+                u64::from(used.pods),
+                u64::from(self.allocatable.pods),
+            ),
+            (
+                "OutOfcpu",
+                "thousandths of a CPU",
+                size.cpu_milli,
+                used.cpu_milli,
+                self.allocatable.cpu_milli,
+            ),
+            (
+                "OutOfmemory",
+                "bytes of memory",
+                size.memory_bytes,
+                used.memory_bytes,
+                self.allocatable.memory_bytes,
+            ),
         ];
         for (reason, unit, needed, used, allocatable) in checks {
             let free = allocatable.saturating_sub(used);
             if needed > free {
-                return Err(Shortage { reason, unit, needed, free, allocatable });
+                return Err(Shortage {
+                    reason,
+                    unit,
+                    needed,
+                    free,
+                    allocatable,
+                });
             }
         }
         taken.insert(uid.to_owned(), size);
@@ -164,14 +192,25 @@ mod tests {
     }
 
     fn spec(resources: &[host::Resources]) -> host::PodSpec {
-        let container = |resources: &host::Resources| host::Container { resources: Some(*resources), ..Default::default() };
-        host::PodSpec { containers: resources.iter().map(container).collect(), ..Default::default() }
+        let container = |resources: &host::Resources| host::Container {
+            resources: Some(*resources),
+            ..Default::default()
+        };
+        host::PodSpec {
+            containers: resources.iter().map(container).collect(),
+            ..Default::default()
+        }
     }
 
     #[test]
     fn a_pod_that_asks_for_nothing_gets_one_vcpu_and_the_default_memory() {
         let size = sizing().of(&spec(&[host::Resources::default(), host::Resources::default()]));
-        let expected = Size { vcpus: 1, memory_bytes: 320 * MIB, scratch_bytes: 1024 * MIB, cpu_milli: 0 };
+        let expected = Size {
+            vcpus: 1,
+            memory_bytes: 320 * MIB,
+            scratch_bytes: 1024 * MIB,
+            cpu_milli: 0,
+        };
         assert_eq!(size, expected);
     }
 
@@ -185,24 +224,63 @@ mod tests {
         };
         let size = sizing().of(&spec(&[limits, limits]));
         assert_eq!((size.vcpus, size.cpu_milli, size.memory_bytes), (3, 1000, 266 * MIB));
-        let huge = host::Resources { cpu_limit_milli: u64::MAX, memory_limit_bytes: u64::MAX, ..Default::default() };
+        let huge = host::Resources {
+            cpu_limit_milli: u64::MAX,
+            memory_limit_bytes: u64::MAX,
+            ..Default::default()
+        };
         let size = sizing().of(&spec(&[huge, huge]));
         assert_eq!((size.vcpus, size.memory_bytes), (8, u64::MAX));
     }
 
     #[test]
     fn a_pod_that_does_not_fit_is_told_what_is_short_and_takes_nothing() {
-        let ledger = Ledger::new(Amounts { cpu_milli: 1000, memory_bytes: 1000 * MIB, scratch_bytes: 0, pods: 3 });
-        let size = Size { vcpus: 1, memory_bytes: 600 * MIB, scratch_bytes: 0, cpu_milli: 400 };
+        let ledger = Ledger::new(Amounts {
+            cpu_milli: 1000,
+            memory_bytes: 1000 * MIB,
+            scratch_bytes: 0,
+            pods: 3,
+        });
+        let size = Size {
+            vcpus: 1,
+            memory_bytes: 600 * MIB,
+            scratch_bytes: 0,
+            cpu_milli: 400,
+        };
         ledger.take("a", size).unwrap();
         assert_eq!(ledger.take("b", size).unwrap_err().reason, "OutOfmemory");
-        assert_eq!(ledger.take("b", Size { cpu_milli: 601, ..size }).unwrap_err().reason, "OutOfcpu");
+        assert_eq!(
+            ledger.take("b", Size { cpu_milli: 601, ..size }).unwrap_err().reason,
+            "OutOfcpu"
+        );
         assert_eq!(ledger.allocated().memory_bytes, 600 * MIB);
         ledger.release("a");
         ledger.take("b", size).unwrap();
         for uid in ["c", "d"] {
-            ledger.take(uid, Size { memory_bytes: 0, cpu_milli: 0, ..size }).unwrap();
+            ledger
+                .take(
+                    uid,
+                    Size {
+                        memory_bytes: 0,
+                        cpu_milli: 0,
+                        ..size
+                    },
+                )
+                .unwrap();
         }
-        assert_eq!(ledger.take("e", Size { memory_bytes: 0, cpu_milli: 0, ..size }).unwrap_err().reason, "OutOfpods");
+        assert_eq!(
+            ledger
+                .take(
+                    "e",
+                    Size {
+                        memory_bytes: 0,
+                        cpu_milli: 0,
+                        ..size
+                    }
+                )
+                .unwrap_err()
+                .reason,
+            "OutOfpods"
+        );
     }
 }

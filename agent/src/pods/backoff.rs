@@ -49,7 +49,9 @@ impl Backoff {
 
 /// The pause after `earlier` failures: doubled for each.
 fn pause(earlier: u32) -> Duration {
-    2u32.checked_pow(earlier).and_then(|factor| FIRST.checked_mul(factor)).map_or(LONGEST, |pause| pause.min(LONGEST))
+    2u32.checked_pow(earlier)
+        .and_then(|factor| FIRST.checked_mul(factor))
+        .map_or(LONGEST, |pause| pause.min(LONGEST))
 }
 
 #[cfg(test)]

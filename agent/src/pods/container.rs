@@ -63,7 +63,10 @@ impl Container {
             name: spec.name.clone(),
             reference: spec.image.clone(),
             image: ImageStep::Pulling,
-            state: State::Waiting { reason: "PodInitializing".into(), message: String::new() },
+            state: State::Waiting {
+                reason: "PodInitializing".into(),
+                message: String::new(),
+            },
             run: 0,
             begun: false,
             restarts: 0,
@@ -85,7 +88,10 @@ impl Container {
     }
 
     pub(super) fn wait(&mut self, reason: &str, message: &str) {
-        self.state = State::Waiting { reason: reason.into(), message: message.into() };
+        self.state = State::Waiting {
+            reason: reason.into(),
+            message: message.into(),
+        };
     }
 
     /// Turns the last pull's error into the pause that follows it.
@@ -130,7 +136,11 @@ impl Container {
             _ => "Error",
         };
         host::Terminated {
-            exit_code: if exit.start_error.is_empty() { exit.exit_code } else { exit.exit_code.max(128) },
+            exit_code: if exit.start_error.is_empty() {
+                exit.exit_code
+            } else {
+                exit.exit_code.max(128)
+            },
             signal: exit.signal,
             reason: reason.into(),
             message: exit.start_error.clone(),
@@ -187,14 +197,17 @@ impl Container {
     pub(super) fn status(&self) -> host::ContainerStatus {
         use host::container_status::State as Shown;
         let state = match &self.state {
-            State::Waiting { reason, message } => {
-                Shown::Waiting(host::Waiting { reason: reason.clone(), message: message.clone() })
-            }
+            State::Waiting { reason, message } => Shown::Waiting(host::Waiting {
+                reason: reason.clone(),
+                message: message.clone(),
+            }),
             State::Starting => Shown::Waiting(host::Waiting {
                 reason: "ContainerCreating".into(),
                 message: String::new(),
             }),
-            State::Running { since } => Shown::Running(host::Running { started_at: Some(timestamp(*since)) }),
+            State::Running { since } => Shown::Running(host::Running {
+                started_at: Some(timestamp(*since)),
+            }),
             State::Ended(terminated) => Shown::Terminated(terminated.clone()),
         };
         host::ContainerStatus {

@@ -65,33 +65,58 @@ struct View {
 impl Journal {
     /// Takes the store over. The writer thread ends when the last handle is dropped and everything is written.
     pub fn start(store: Store, loaded: &Loaded) -> std::io::Result<(Self, thread::JoinHandle<()>)> {
-        let pods = loaded.pods.iter().filter_map(|record| record.pod.clone()).map(|pod| (uid(&pod), Arc::new(pod)));
+        let pods = loaded
+            .pods
+            .iter()
+            .filter_map(|record| record.pod.clone())
+            .map(|pod| (uid(&pod), Arc::new(pod)));
         let view = View {
             pods: pods.collect(),
             events: VecDeque::new(),
             oldest: loaded.revision,
             revision: loaded.revision,
         };
-        let shared = Arc::new(Shared { view: Mutex::new(view), revision: watch::Sender::new(loaded.revision) });
+        let shared = Arc::new(Shared {
+            view: Mutex::new(view),
+            revision: watch::Sender::new(loaded.revision),
+        });
         let (changes, queue) = mpsc::channel(1024);
-        let writer = Writer { store, shared: shared.clone(), unwritten: Vec::new(), revision: loaded.revision };
-        let thread = thread::Builder::new().name("journal".into()).spawn(move || writer.run(queue))?;
+        let writer = Writer {
+            store,
+            shared: shared.clone(),
+            unwritten: Vec::new(),
+            revision: loaded.revision,
+        };
+        let thread = thread::Builder::new()
+            .name("journal".into())
+            .spawn(move || writer.run(queue))?;
         Ok((Self { changes, shared }, thread))
     }
 
     /// Records a change and answers with its revision when it is durable.
     pub async fn commit(&self, change: Change) -> Result<u64, String> {
         let (done, answer) = oneshot::channel();
-        let entry = Entry { change, done: Some(done) };
-        self.changes.send(entry).await.map_err(|_| "the journal has ended".to_owned())?;
+        let entry = Entry {
+            change,
+            done: Some(done),
+        };
+        self.changes
+            .send(entry)
+            .await
+            .map_err(|_| "the journal has ended".to_owned())?;
         answer.await.unwrap_or_else(|_| Err("the journal has ended".into()))
     }
 
     /// Records a change without waiting for the disk. Changes of one pod stay in order; of several that wait, the last
     /// stands for all.
     pub async fn record(&self, record: PodRecord) {
-        let Some(uid) = record.pod.as_ref().map(uid) else { return };
-        let entry = Entry { change: Change::Put(uid, Box::new(record)), done: None };
+        let Some(uid) = record.pod.as_ref().map(uid) else {
+            return;
+        };
+        let entry = Entry {
+            change: Change::Put(uid, Box::new(record)),
+            done: None,
+        };
         // The receiver ends only with the process.
         let _ = self.changes.send(entry).await;
     }
@@ -112,7 +137,11 @@ impl Journal {
         let view = self.shared.view();
         let at = if from == 0 { view.revision } else { from };
         view.check(at)?;
-        Ok(Watcher { shared: self.shared.clone(), news: self.shared.revision.subscribe(), at })
+        Ok(Watcher {
+            shared: self.shared.clone(),
+            news: self.shared.revision.subscribe(),
+            at,
+        })
     }
 }
 
@@ -126,7 +155,10 @@ impl Shared {
 impl View {
     fn check(&self, at: u64) -> Result<(), OutOfRange> {
         if at < self.oldest || at > self.revision {
-            return Err(OutOfRange { oldest: self.oldest, newest: self.revision });
+            return Err(OutOfRange {
+                oldest: self.oldest,
+                newest: self.revision,
+            });
         }
         Ok(())
     }
@@ -163,8 +195,13 @@ impl Watcher {
             {
                 let view = self.shared.view();
                 view.check(self.at)?;
-                let events: Vec<_> =
-                    view.events.iter().filter(|event| event.revision > self.at).take(BATCH).cloned().collect();
+                let events: Vec<_> = view
+                    .events
+                    .iter()
+                    .filter(|event| event.revision > self.at)
+                    .take(BATCH)
+                    .cloned()
+                    .collect();
                 if let Some(last) = events.last() {
                     self.at = last.revision;
                     return Ok(events);
@@ -228,7 +265,9 @@ impl Writer {
             Err(failure) => {
                 error!("{failure}");
                 // What somebody waits for is refused; what just happened is kept for the next commit.
-                changes.retain(|change| matches!(change, Change::Put(uid, _) if self.shared.view().pods.contains_key(uid)));
+                changes.retain(
+                    |change| matches!(change, Change::Put(uid, _) if self.shared.view().pods.contains_key(uid)),
+                );
                 self.unwritten = changes;
                 for done in waiting {
                     let _ = done.send(Err(failure.to_string()));
@@ -256,7 +295,11 @@ impl Writer {
                 Change::Host(HostState { .. }) => continue,
             };
             self.revision += 1;
-            view.publish(host::PodEvent { r#type: kind.into(), pod, revision: self.revision });
+            view.publish(host::PodEvent {
+                r#type: kind.into(),
+                pod,
+                revision: self.revision,
+            });
         }
         drop(view);
         self.shared.revision.send_replace(self.revision);
@@ -281,10 +324,23 @@ mod tests {
     use super::*;
 
     fn record(uid: &str, reason: &str) -> PodRecord {
-        let meta = host::PodMeta { uid: uid.into(), ..Default::default() };
-        let status = host::PodStatus { reason: reason.into(), ..Default::default() };
-        let pod = host::Pod { meta: Some(meta), status: Some(status), ..Default::default() };
-        PodRecord { pod: Some(pod), ..Default::default() }
+        let meta = host::PodMeta {
+            uid: uid.into(),
+            ..Default::default()
+        };
+        let status = host::PodStatus {
+            reason: reason.into(),
+            ..Default::default()
+        };
+        let pod = host::Pod {
+            meta: Some(meta),
+            status: Some(status),
+            ..Default::default()
+        };
+        PodRecord {
+            pod: Some(pod),
+            ..Default::default()
+        }
     }
 
     fn put(uid: &str, reason: &str) -> Change {

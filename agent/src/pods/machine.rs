@@ -149,7 +149,10 @@ pub struct StepError {
 impl StepError {
     /// A failed step.
     pub fn new(reason: &str, message: impl Into<String>) -> Self {
-        Self { reason: reason.to_owned(), message: message.into() }
+        Self {
+            reason: reason.to_owned(),
+            message: message.into(),
+        }
     }
 }
 
@@ -203,7 +206,9 @@ impl Machine {
 
     /// The present run of each container, with whether it was started and has not ended.
     pub fn runs(&self) -> impl Iterator<Item = (u32, bool)> {
-        self.containers.iter().map(|container| (container.run, container.is_running()))
+        self.containers
+            .iter()
+            .map(|container| (container.run, container.is_running()))
     }
 
     /// Takes an event in and says what to do about it.
@@ -241,7 +246,9 @@ impl Machine {
     }
 
     fn pulled(&mut self, index: usize, result: Result<String, StepError>, actions: &mut Vec<Action>) {
-        let Some(container) = self.containers.get_mut(index).filter(|c| c.image == ImageStep::Pulling) else { return };
+        let Some(container) = self.containers.get_mut(index).filter(|c| c.image == ImageStep::Pulling) else {
+            return;
+        };
         match result {
             Ok(digest) => {
                 container.image = ImageStep::Ready(digest);
@@ -321,23 +328,20 @@ impl Machine {
     }
 
     fn started(&mut self, index: usize, run: u32, now: SystemTime, actions: &mut Vec<Action>) {
-        let Some(container) = self.current(index, run) else { return };
+        let Some(container) = self.current(index, run) else {
+            return;
+        };
         container.state = State::Running { since: now };
         if self.terminating.is_some() {
             actions.push(Action::Stop(index));
         }
     }
 
-    fn start_failed(
-        &mut self,
-        index: usize,
-        run: u32,
-        error: StepError,
-        now: SystemTime,
-        actions: &mut Vec<Action>,
-    ) {
+    fn start_failed(&mut self, index: usize, run: u32, error: StepError, now: SystemTime, actions: &mut Vec<Action>) {
         let again = self.policy != host::RestartPolicy::Never && self.terminating.is_none();
-        let Some(container) = self.current(index, run) else { return };
+        let Some(container) = self.current(index, run) else {
+            return;
+        };
         if again {
             container.wait(&error.reason, &error.message);
             actions.push(Action::Arm(Timer::Restart(index), container.backoff.after_failure()));
@@ -363,7 +367,9 @@ impl Machine {
     ) {
         let policy = self.policy;
         let terminating = self.terminating.is_some();
-        let Some(container) = self.current(index, run) else { return };
+        let Some(container) = self.current(index, run) else {
+            return;
+        };
         let ran = container.ran_for(now);
         let terminated = container.terminated(exit, now);
         let again = match policy {
@@ -401,12 +407,19 @@ impl Machine {
             self.finish(now);
             return;
         }
-        let up_for = self.launched_at.and_then(|at| now.duration_since(at).ok()).unwrap_or_default();
+        let up_for = self
+            .launched_at
+            .and_then(|at| now.duration_since(at).ok())
+            .unwrap_or_default();
         let pause = self.sandbox_backoff.after_run(up_for);
         self.life = Life::Paused;
         self.reason = "SandboxKilled".into();
         self.message = message.clone();
-        for container in self.containers.iter_mut().filter(|c| !matches!(c.state, State::Ended(_))) {
+        for container in self
+            .containers
+            .iter_mut()
+            .filter(|c| !matches!(c.state, State::Ended(_)))
+        {
             if container.is_running() || matches!(container.state, State::Starting) {
                 let ran = container.ran_for(now);
                 container.killed_with_sandbox(&message, now);
@@ -490,7 +503,11 @@ impl Machine {
     }
 
     fn end_all(&mut self, mut end: impl FnMut(&mut Container)) {
-        for container in self.containers.iter_mut().filter(|c| !matches!(c.state, State::Ended(_))) {
+        for container in self
+            .containers
+            .iter_mut()
+            .filter(|c| !matches!(c.state, State::Ended(_)))
+        {
             end(container);
         }
     }
@@ -502,20 +519,27 @@ impl Machine {
 
     /// The container, if `run` is the one that it is in now: an event of an earlier run says nothing about this one.
     fn current(&mut self, index: usize, run: u32) -> Option<&mut Container> {
-        self.containers
-            .get_mut(index)
-            .filter(|container| container.run == run && matches!(container.state, State::Starting | State::Running { .. }))
+        self.containers.get_mut(index).filter(|container| {
+            container.run == run && matches!(container.state, State::Starting | State::Running { .. })
+        })
     }
 
     /// The pod's phase, as Kubernetes defines it ("Pod Lifecycle").
     pub fn phase(&self) -> host::pod_status::Phase {
         use host::pod_status::Phase;
         if self.life == Life::Ended {
-            let good = self.containers.iter().all(|c| matches!(&c.state, State::Ended(end) if end.exit_code == 0));
+            let good = self
+                .containers
+                .iter()
+                .all(|c| matches!(&c.state, State::Ended(end) if end.exit_code == 0));
             return if good { Phase::Succeeded } else { Phase::Failed };
         }
         let ran = |c: &Container| c.last.is_some() || matches!(c.state, State::Running { .. } | State::Ended(_));
-        if self.containers.iter().any(ran) { Phase::Running } else { Phase::Pending }
+        if self.containers.iter().any(ran) {
+            Phase::Running
+        } else {
+            Phase::Pending
+        }
     }
 
     /// The status as the API shows it, but for what the pod's record adds.

@@ -3,8 +3,8 @@
 //! [`machine`] is the state machine, [`actor`] the task that performs it, [`journal`] the way of every change to the store
 //! and to watchers; [`validate`] and [`admission`] decide what comes in.
 
-pub mod admission;
 mod actor;
+pub mod admission;
 mod backoff;
 mod container;
 pub mod journal;
@@ -128,6 +128,7 @@ pub struct Context {
 
 impl Context {
     pub(crate) fn changed(&self) {
+        self.metrics.allocated(self.ledger.allocated());
         self.host_changed.send_modify(|version| *version += 1);
     }
 }
@@ -155,14 +156,26 @@ pub struct RunningContainer {
 impl Pods {
     /// Takes over the pods of an earlier flintd, and ends sandboxes that belong to none.
     pub async fn start(context: Arc<Context>, loaded: Loaded) -> Arc<Self> {
-        let known: HashSet<_> = loaded.pods.iter().filter(|record| !record.ended).map(|r| r.sandbox_id.clone()).collect();
+        let known: HashSet<_> = loaded
+            .pods
+            .iter()
+            .filter(|record| !record.ended)
+            .map(|r| r.sandbox_id.clone())
+            .collect();
         if let Err(error) = context.sandboxes.end_unknown(&known).await {
             warn!(%error, "ending sandboxes that belong to no pod failed");
         }
-        let pods = Self { context, actors: Mutex::default(), turn: tokio::sync::Mutex::default() };
+        let pods = Self {
+            context,
+            actors: Mutex::default(),
+            turn: tokio::sync::Mutex::default(),
+        };
         for record in loaded.pods.into_iter().filter(|record| !record.ended) {
             let Some(pod) = &record.pod else { continue };
-            let (meta, spec) = (pod.meta.clone().unwrap_or_default(), pod.spec.clone().unwrap_or_default());
+            let (meta, spec) = (
+                pod.meta.clone().unwrap_or_default(),
+                pod.spec.clone().unwrap_or_default(),
+            );
             pods.context.ledger.retake(&meta.uid, pods.context.sizing.of(&spec));
             let stages = pod.status.clone().unwrap_or_default().timeline;
             info!(uid = meta.uid, sandbox = record.sandbox_id, "going on with a pod");
@@ -211,7 +224,12 @@ impl Pods {
         let uid = meta.uid.clone();
         self.context.ledger.take(&uid, self.context.sizing.of(&spec))?;
         let record = actor::new_record(meta, spec);
-        if let Err(error) = self.context.journal.commit(Change::Put(uid.clone(), Box::new(record.clone()))).await {
+        if let Err(error) = self
+            .context
+            .journal
+            .commit(Change::Put(uid.clone(), Box::new(record.clone())))
+            .await
+        {
             self.context.ledger.release(&uid);
             return Err(PodError::Store(error));
         }
@@ -226,7 +244,11 @@ impl Pods {
     async fn update(&self, known: &host::Pod, meta: host::PodMeta, spec: host::PodSpec) -> Result<host::Pod, PodError> {
         let of = known.meta.clone().unwrap_or_default();
         if meta.generation < of.generation {
-            return Err(PodError::Stale { uid: meta.uid, given: meta.generation, known: of.generation });
+            return Err(PodError::Stale {
+                uid: meta.uid,
+                given: meta.generation,
+                known: of.generation,
+            });
         }
         if meta.generation == of.generation {
             return Ok(known.clone());
@@ -266,8 +288,11 @@ impl Pods {
     pub async fn terminate_all(&self, wait: bool) {
         let watcher = self.context.journal.watch(0);
         let (pods, _) = self.context.journal.list();
-        let mut left: HashSet<String> =
-            pods.iter().filter(|pod| !has_ended(pod)).map(|pod| pod.meta.clone().unwrap_or_default().uid).collect();
+        let mut left: HashSet<String> = pods
+            .iter()
+            .filter(|pod| !has_ended(pod))
+            .map(|pod| pod.meta.clone().unwrap_or_default().uid)
+            .collect();
         for uid in &left {
             // One that is forgotten meanwhile has ended.
             let _ = self.terminate(uid, None).await;
@@ -275,7 +300,11 @@ impl Pods {
         let Ok(mut watcher) = watcher else { return };
         while wait && !left.is_empty() {
             let Ok(events) = watcher.next().await else { return };
-            for pod in events.iter().filter_map(|event| event.pod.as_ref()).filter(|pod| has_ended(pod)) {
+            for pod in events
+                .iter()
+                .filter_map(|event| event.pod.as_ref())
+                .filter(|pod| has_ended(pod))
+            {
                 left.remove(&pod.meta.clone().unwrap_or_default().uid);
             }
         }
@@ -288,15 +317,26 @@ impl Pods {
             return Err(PodError::NotEnded(uid.to_owned()));
         }
         let removed = self.context.logs.forget(uid).await;
-        removed.map_err(|source| PodError::Logs { uid: uid.to_owned(), source })?;
-        self.context.journal.commit(Change::Remove(uid.to_owned())).await.map_err(PodError::Store)?;
+        removed.map_err(|source| PodError::Logs {
+            uid: uid.to_owned(),
+            source,
+        })?;
+        self.context
+            .journal
+            .commit(Change::Remove(uid.to_owned()))
+            .await
+            .map_err(PodError::Store)?;
         self.actors().remove(uid);
         Ok(())
     }
 
     /// A pod as it is.
     pub fn get(&self, uid: &str) -> Result<host::Pod, PodError> {
-        let pod = self.context.journal.get(uid).ok_or_else(|| PodError::NotFound(uid.to_owned()))?;
+        let pod = self
+            .context
+            .journal
+            .get(uid)
+            .ok_or_else(|| PodError::NotFound(uid.to_owned()))?;
         Ok((*pod).clone())
     }
 
@@ -308,8 +348,14 @@ impl Pods {
     /// Digests of images that pods need.
     pub fn images_in_use(&self) -> HashSet<String> {
         let (pods, _) = self.context.journal.list();
-        let statuses = pods.iter().filter(|pod| !has_ended(pod)).filter_map(|pod| pod.status.as_ref());
-        statuses.flat_map(|status| &status.containers).map(|container| container.image_digest.clone()).collect()
+        let statuses = pods
+            .iter()
+            .filter(|pod| !has_ended(pod))
+            .filter_map(|pod| pod.status.as_ref());
+        statuses
+            .flat_map(|status| &status.containers)
+            .map(|container| container.image_digest.clone())
+            .collect()
     }
 
     /// A container by name; the name may be empty for a pod that has only one.
@@ -323,7 +369,11 @@ impl Pods {
             Some(index) => Ok((index, containers.swap_remove(index))),
             None => {
                 let known: Vec<_> = containers.into_iter().map(|container| container.name).collect();
-                Err(PodError::NoContainer { uid: uid.into(), container: name.into(), known: known.join(", ") })
+                Err(PodError::NoContainer {
+                    uid: uid.into(),
+                    container: name.into(),
+                    known: known.join(", "),
+                })
             }
         }
     }
@@ -331,12 +381,22 @@ impl Pods {
     /// A container that runs.
     pub fn running(&self, uid: &str, name: &str) -> Result<RunningContainer, PodError> {
         let (index, spec) = self.container(uid, name)?;
-        let not_running = || PodError::NotRunning { uid: uid.into(), container: spec.name.clone() };
+        let not_running = || PodError::NotRunning {
+            uid: uid.into(),
+            container: spec.name.clone(),
+        };
         let actor = self.actors().get(uid).cloned().ok_or_else(not_running)?;
         let live = actor.live();
-        let Some((run, true, output)) = live.containers.get(index) else { return Err(not_running()) };
+        let Some((run, true, output)) = live.containers.get(index) else {
+            return Err(not_running());
+        };
         let sandbox = live.sandbox.clone().ok_or_else(not_running)?;
-        Ok(RunningContainer { sandbox, guest_id: run::guest_id(&spec.name, *run), output: output.clone(), spec })
+        Ok(RunningContainer {
+            sandbox,
+            guest_id: run::guest_id(&spec.name, *run),
+            output: output.clone(),
+            spec,
+        })
     }
 
     /// The name of a container, and what of its log to read.
@@ -361,7 +421,10 @@ impl Pods {
 
     /// The youngest run that has a log.
     fn present_run(&self, uid: &str, index: usize, name: &str) -> Option<u32> {
-        let live = self.actors().get(uid).map(|actor| actor.live().containers.get(index).map_or(0, |live| live.0));
+        let live = self
+            .actors()
+            .get(uid)
+            .map(|actor| actor.live().containers.get(index).map_or(0, |live| live.0));
         match live {
             Some(run) if self.context.logs.folder(uid, name, run).exists() => Some(run),
             // Between two runs, or ended under an earlier flintd.
@@ -386,19 +449,24 @@ fn unchangeable(
         ("meta.name", of.name != meta.name),
         ("spec", allowed != *spec),
     ];
-    let wrong = differs.into_iter().filter(|(_, differs)| *differs).map(|(field, _)| Violation {
-        field: field.into(),
-        description: "cannot change while the pod is known, but for labels, annotations and the grace period: \
+    let wrong = differs
+        .into_iter()
+        .filter(|(_, differs)| *differs)
+        .map(|(field, _)| Violation {
+            field: field.into(),
+            description: "cannot change while the pod is known, but for labels, annotations and the grace period: \
                       terminate it and apply it under another uid"
-            .into(),
-        unsupported: false,
-    });
+                .into(),
+            unsupported: false,
+        });
     wrong.collect()
 }
 
 fn has_ended(pod: &host::Pod) -> bool {
     use host::pod_status::Phase;
-    pod.status.as_ref().is_some_and(|status| matches!(status.phase(), Phase::Succeeded | Phase::Failed))
+    pod.status
+        .as_ref()
+        .is_some_and(|status| matches!(status.phase(), Phase::Succeeded | Phase::Failed))
 }
 
 /// A moment as protobuf has it; moments before 1970 are 1970.
@@ -414,8 +482,13 @@ pub(crate) fn timestamp(at: SystemTime) -> prost_types::Timestamp {
 /// The moment that a protobuf timestamp names; what is out of range becomes 1970.
 pub(crate) fn system_time(at: prost_types::Timestamp) -> SystemTime {
     let seconds = u64::try_from(at.seconds).unwrap_or(0);
-    let nanos = u32::try_from(at.nanos).ok().filter(|nanos| *nanos < 1_000_000_000).unwrap_or(0);
-    SystemTime::UNIX_EPOCH.checked_add(Duration::new(seconds, nanos)).unwrap_or(SystemTime::UNIX_EPOCH)
+    let nanos = u32::try_from(at.nanos)
+        .ok()
+        .filter(|nanos| *nanos < 1_000_000_000)
+        .unwrap_or(0);
+    SystemTime::UNIX_EPOCH
+        .checked_add(Duration::new(seconds, nanos))
+        .unwrap_or(SystemTime::UNIX_EPOCH)
 }
 
 /// A protobuf duration; a negative one is none at all, an endless one a century.

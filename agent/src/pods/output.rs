@@ -73,8 +73,10 @@ impl Pump {
 
     /// Reads one stream to its end; false when it brought nothing, which says that the output is over.
     async fn stream(&self, writer: &Shared, first: &mut Option<impl FnOnce()>) -> Result<bool, Status> {
-        let request =
-            guest::ReadOutputRequest { container_id: self.guest_id.clone(), from_offset: lock(writer).offset() };
+        let request = guest::ReadOutputRequest {
+            container_id: self.guest_id.clone(),
+            from_offset: lock(writer).offset(),
+        };
         let mut stream = self.sandbox.guest().read_output(request).await?.into_inner();
         let mut any = false;
         while let Some(chunk) = stream.message().await? {
@@ -84,7 +86,8 @@ impl Pump {
                 guest::output_chunk::Stream::Stdout | guest::output_chunk::Stream::Unspecified => OutputStream::Stdout,
             };
             let data: Arc<[u8]> = chunk.data.into();
-            self.write(writer, chunk.offset, chunk.time_ns, stream, data.clone()).await?;
+            self.write(writer, chunk.offset, chunk.time_ns, stream, data.clone())
+                .await?;
             if let Some(first) = first.take() {
                 first();
             }

@@ -81,7 +81,9 @@ pub(super) fn process(
     let security = container.security_context.clone().unwrap_or_default();
     let args = args(container, image)?;
     let user = user(pod, &security, image)?;
-    let working_dir = [&container.working_dir, &image.working_dir].into_iter().find(|dir| !dir.is_empty());
+    let working_dir = [&container.working_dir, &image.working_dir]
+        .into_iter()
+        .find(|dir| !dir.is_empty());
     Ok(guest::Process {
         args,
         env: env(container, image),
@@ -134,18 +136,19 @@ fn env(container: &host::Container, image: &ImageConfig) -> Vec<String> {
     env
 }
 
-fn user(
-    pod: &host::PodSpec,
-    security: &host::SecurityContext,
-    image: &ImageConfig,
-) -> Result<guest::User, StepError> {
+fn user(pod: &host::PodSpec, security: &host::SecurityContext, image: &ImageConfig) -> Result<guest::User, StepError> {
     let of_pod = pod.security_context.clone().unwrap_or_default();
     let uid = security.run_as_user.or(of_pod.run_as_user);
     let gid = security.run_as_group.or(of_pod.run_as_group);
     if security.run_as_non_root || of_pod.run_as_non_root {
         refuse_root(uid, &image.user)?;
     }
-    Ok(guest::User { name: image.user.clone(), uid, gid, additional_gids: of_pod.supplemental_groups })
+    Ok(guest::User {
+        name: image.user.clone(),
+        uid,
+        gid,
+        additional_gids: of_pod.supplemental_groups,
+    })
 }
 
 /// As a kubelet checks it: a name cannot be known not to be root before it is looked up in the image.
@@ -178,8 +181,11 @@ fn capabilities(security: &host::SecurityContext) -> Vec<String> {
         () => &DEFAULT_CAPABILITIES,
     };
     let dropped = |name: &str| !security.privileged && drop.iter().any(|dropped| dropped == name);
-    let mut result: Vec<String> =
-        begin.iter().filter(|name| !dropped(name)).map(|name| (*name).to_owned()).collect();
+    let mut result: Vec<String> = begin
+        .iter()
+        .filter(|name| !dropped(name))
+        .map(|name| (*name).to_owned())
+        .collect();
     for name in add {
         if name != "ALL" && !result.contains(&name) {
             result.push(name);
@@ -205,7 +211,11 @@ fn signal_by_name(name: &str) -> Option<u32> {
     let name = name.to_ascii_uppercase();
     let name = name.strip_prefix("SIG").unwrap_or(&name);
     if let Some(offset) = name.strip_prefix("RTMIN+") {
-        return offset.parse::<u32>().ok().map(|offset| 34 + offset).filter(|number| *number <= 64);
+        return offset
+            .parse::<u32>()
+            .ok()
+            .map(|offset| 34 + offset)
+            .filter(|number| *number <= 64);
     }
     nix::sys::signal::Signal::iterator()
         .find(|signal| signal.as_str().strip_prefix("SIG") == Some(name))
@@ -251,8 +261,11 @@ mod tests {
             (&["/own"], &["x"], &["/own", "x"]),
         ];
         for (command, args, expected) in cases {
-            let container =
-                host::Container { command: strings(command), args: strings(args), ..Default::default() };
+            let container = host::Container {
+                command: strings(command),
+                args: strings(args),
+                ..Default::default()
+            };
             assert_eq!(made(container, &image()).unwrap().args, expected);
         }
         let error = made(host::Container::default(), &ImageConfig::default()).unwrap_err();
@@ -261,10 +274,18 @@ mod tests {
 
     #[test]
     fn the_containers_variables_win_over_the_images_and_there_is_always_a_path() {
-        let var = |name: &str, value: &str| host::EnvVar { name: name.into(), value: value.into() };
-        let container =
-            host::Container { env: vec![var("MODE", "own"), var("A", "1"), var("A", "2")], ..Default::default() };
-        assert_eq!(made(container, &image()).unwrap().env, ["PATH=/image", "MODE=own", "A=2"]);
+        let var = |name: &str, value: &str| host::EnvVar {
+            name: name.into(),
+            value: value.into(),
+        };
+        let container = host::Container {
+            env: vec![var("MODE", "own"), var("A", "1"), var("A", "2")],
+            ..Default::default()
+        };
+        assert_eq!(
+            made(container, &image()).unwrap().env,
+            ["PATH=/image", "MODE=own", "A=2"]
+        );
         let mut bare = image();
         bare.env.clear();
         assert_eq!(made(host::Container::default(), &bare).unwrap().env, [DEFAULT_PATH]);
@@ -282,9 +303,19 @@ mod tests {
             (Some(0), "1000", false),
         ];
         for (run_as_user, user, allowed) in cases {
-            let security = host::SecurityContext { run_as_user, run_as_non_root: true, ..Default::default() };
-            let container = host::Container { security_context: Some(security), ..Default::default() };
-            let image = ImageConfig { user: user.into(), ..image() };
+            let security = host::SecurityContext {
+                run_as_user,
+                run_as_non_root: true,
+                ..Default::default()
+            };
+            let container = host::Container {
+                security_context: Some(security),
+                ..Default::default()
+            };
+            let image = ImageConfig {
+                user: user.into(),
+                ..image()
+            };
             assert_eq!(made(container, &image).is_ok(), allowed, "{run_as_user:?} {user}");
         }
     }
@@ -308,13 +339,28 @@ mod tests {
 
     #[test]
     fn stop_signals_are_understood_by_name_and_number() {
-        for (name, number) in [("", 15), ("SIGQUIT", 3), ("int", 2), ("9", 9), ("SIGRTMIN+3", 37), ("99", 15), ("x", 15)] {
-            assert_eq!(stop_signal(&ImageConfig { stop_signal: name.into(), ..image() }), number, "{name}");
+        for (name, number) in [
+            ("", 15),
+            ("SIGQUIT", 3),
+            ("int", 2),
+            ("9", 9),
+            ("SIGRTMIN+3", 37),
+            ("99", 15),
+            ("x", 15),
+        ] {
+            assert_eq!(
+                stop_signal(&ImageConfig {
+                    stop_signal: name.into(),
+                    ..image()
+                }),
+                number,
+                "{name}"
+            );
         }
     }
 
     #[test]
     fn cpu_weights_follow_kubernetes_formula() {
-        assert_eq!([0, 1, 1000, 4000, u64::MAX].map(cpu_weight), [0, 1, 39, 156, 10_000]);
+        assert_eq!([0, 1, 1000, 4000, u64::MAX].map(cpu_weight), [0, 1, 39, 157, 10_000]);
     }
 }

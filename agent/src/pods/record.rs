@@ -90,7 +90,12 @@ impl PodRecord {
         } else if !self.sandbox_id.is_empty() {
             machine.life = Life::Launching;
         }
-        for ((container, record), status) in machine.containers.iter_mut().zip(&self.containers).zip(status.containers) {
+        for ((container, record), status) in machine
+            .containers
+            .iter_mut()
+            .zip(&self.containers)
+            .zip(status.containers)
+        {
             restore(container, record, status);
         }
         machine
@@ -98,7 +103,8 @@ impl PodRecord {
 
     /// What is left of the grace period of a pod that is to end.
     pub fn grace_left(&self, now: SystemTime) -> Option<Duration> {
-        self.terminate_by.map(|by| system_time(by).duration_since(now).unwrap_or_default())
+        self.terminate_by
+            .map(|by| system_time(by).duration_since(now).unwrap_or_default())
     }
 
     /// Notes that the pod is to end.
@@ -121,12 +127,18 @@ fn restore(container: &mut Container, record: &ContainerRecord, status: host::Co
         container.image = ImageStep::Ready(status.image_digest);
     }
     container.state = match status.state {
-        Some(Shown::Running(running)) => {
-            State::Running { since: running.started_at.map_or(SystemTime::UNIX_EPOCH, system_time) }
-        }
+        Some(Shown::Running(running)) => State::Running {
+            since: running.started_at.map_or(SystemTime::UNIX_EPOCH, system_time),
+        },
         Some(Shown::Terminated(terminated)) => State::Ended(terminated),
-        Some(Shown::Waiting(waiting)) => State::Waiting { reason: waiting.reason, message: waiting.message },
-        None => State::Waiting { reason: "PodInitializing".into(), message: String::new() },
+        Some(Shown::Waiting(waiting)) => State::Waiting {
+            reason: waiting.reason,
+            message: waiting.message,
+        },
+        None => State::Waiting {
+            reason: "PodInitializing".into(),
+            message: String::new(),
+        },
     };
 }
 
@@ -137,24 +149,41 @@ mod tests {
 
     fn record(machine: &Machine) -> PodRecord {
         let spec = host::PodSpec {
-            containers: vec![host::Container { name: "web".into(), ..Default::default() }],
+            containers: vec![host::Container {
+                name: "web".into(),
+                ..Default::default()
+            }],
             ..Default::default()
         };
-        let mut record =
-            PodRecord { pod: Some(host::Pod { spec: Some(spec), ..Default::default() }), ..Default::default() };
+        let mut record = PodRecord {
+            pod: Some(host::Pod {
+                spec: Some(spec),
+                ..Default::default()
+            }),
+            ..Default::default()
+        };
         record.note(machine, Vec::new());
         PodRecord::decode(record.encode_to_vec().as_slice()).expect("what was encoded decodes")
     }
 
     fn running() -> Machine {
         let spec = host::PodSpec {
-            containers: vec![host::Container { name: "web".into(), ..Default::default() }],
+            containers: vec![host::Container {
+                name: "web".into(),
+                ..Default::default()
+            }],
             ..Default::default()
         };
         let now = SystemTime::UNIX_EPOCH + Duration::from_secs(1000);
         let mut machine = Machine::new(&spec);
         machine.handle(Event::Start, now);
-        machine.handle(Event::Pulled { container: 0, result: Ok("sha256:1".into()) }, now);
+        machine.handle(
+            Event::Pulled {
+                container: 0,
+                result: Ok("sha256:1".into()),
+            },
+            now,
+        );
         machine.handle(Event::Launched(Ok(vec!["10.0.0.2".into()])), now);
         machine.handle(Event::Started { container: 0, run: 0 }, now);
         machine
@@ -167,8 +196,13 @@ mod tests {
         record.sandbox_id = "s".into();
         let now = SystemTime::UNIX_EPOCH + Duration::from_secs(2000);
         let mut after = record.machine(now);
-        let actions =
-            after.handle(Event::TakenOver { addresses: vec!["10.0.0.2".into()], started: vec![0] }, now);
+        let actions = after.handle(
+            Event::TakenOver {
+                addresses: vec!["10.0.0.2".into()],
+                started: vec![0],
+            },
+            now,
+        );
         assert_eq!(actions, []);
         assert_eq!(after.status(), before.status());
     }
@@ -181,8 +215,17 @@ mod tests {
         record.terminate(Duration::from_secs(30), start);
         let later = start + Duration::from_secs(12);
         let mut machine = record.machine(later);
-        let actions = machine.handle(Event::TakenOver { addresses: Vec::new(), started: vec![0] }, later);
+        let actions = machine.handle(
+            Event::TakenOver {
+                addresses: Vec::new(),
+                started: vec![0],
+            },
+            later,
+        );
         assert!(actions.contains(&Action::Stop(0)));
-        assert!(actions.contains(&Action::Arm(crate::pods::machine::Timer::Grace, Duration::from_secs(18))));
+        assert!(actions.contains(&Action::Arm(
+            crate::pods::machine::Timer::Grace,
+            Duration::from_secs(18)
+        )));
     }
 }

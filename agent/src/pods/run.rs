@@ -53,17 +53,31 @@ impl Run {
     pub(super) async fn create(&self) -> Result<(), StepError> {
         let container = self.container();
         let failed = |message: String| StepError::new("CreateContainerError", message);
-        let image = self.context.images.get(&self.digest).await.map_err(|error| failed(error.to_string()))?;
+        let image = self
+            .context
+            .images
+            .get(&self.digest)
+            .await
+            .map_err(|error| failed(error.to_string()))?;
         let image = image.ok_or_else(|| failed(format!("image {} is not on this host any more", self.digest)))?;
         let process = process::process(&self.spec, container, &image.config)?;
-        let position = self.disks.iter().position(|digest| *digest == self.digest).unwrap_or_default();
+        let position = self
+            .disks
+            .iter()
+            .position(|digest| *digest == self.digest)
+            .unwrap_or_default();
         let stage = self.timeline.begin(format!("container.{}.create", container.name));
         let mut guest = self.sandbox.guest();
         if let Some(earlier) = self.run.checked_sub(1) {
             let container_id = guest_id(&container.name, earlier);
-            match guest.delete_container(guest::DeleteContainerRequest { container_id }).await {
+            match guest
+                .delete_container(guest::DeleteContainerRequest { container_id })
+                .await
+            {
                 // Made in an earlier sandbox, or never.
-                Err(status) if status.code() != Code::NotFound => warn!(uid = self.uid, %status, "removing a run failed"),
+                Err(status) if status.code() != Code::NotFound => {
+                    warn!(uid = self.uid, %status, "removing a run failed")
+                }
                 _ => {}
             }
         }
@@ -79,7 +93,11 @@ impl Run {
         let container = self.container();
         let security = container.security_context.clone().unwrap_or_default();
         let resources = container.resources.unwrap_or_default();
-        let cpu = if resources.cpu_request_milli == 0 { resources.cpu_limit_milli } else { resources.cpu_request_milli };
+        let cpu = if resources.cpu_request_milli == 0 {
+            resources.cpu_limit_milli
+        } else {
+            resources.cpu_request_milli
+        };
         guest::CreateContainerRequest {
             container_id: guest_id(&container.name, self.run),
             image_id,
@@ -101,9 +119,16 @@ impl Run {
 
     /// Starts the container. An error is the program's: it is told as the run's end.
     pub(super) async fn start(&self) -> Result<(), guest::ContainerExit> {
-        let stage = self.timeline.begin(format!("container.{}.start", self.container().name));
+        let stage = self
+            .timeline
+            .begin(format!("container.{}.start", self.container().name));
         let container_id = guest_id(&self.container().name, self.run);
-        match self.sandbox.guest().start_container(guest::StartContainerRequest { container_id }).await {
+        match self
+            .sandbox
+            .guest()
+            .start_container(guest::StartContainerRequest { container_id })
+            .await
+        {
             Ok(_) => {
                 stage.end();
                 Ok(())
@@ -161,7 +186,9 @@ impl Run {
 
     async fn wait(&self, container_id: &str) -> Option<guest::ContainerExit> {
         for attempt in 1.. {
-            let request = guest::WaitContainerRequest { container_id: container_id.to_owned() };
+            let request = guest::WaitContainerRequest {
+                container_id: container_id.to_owned(),
+            };
             let status = match self.sandbox.guest().wait_container(request).await {
                 Ok(exit) => return Some(exit.into_inner()),
                 Err(status) => status,
@@ -182,7 +209,11 @@ impl Run {
 }
 
 fn mounts(spec: &host::PodSpec, container: &host::Container) -> Vec<guest::Mount> {
-    let volumes: HashMap<_, _> = spec.volumes.iter().map(|volume| (volume.name.as_str(), volume)).collect();
+    let volumes: HashMap<_, _> = spec
+        .volumes
+        .iter()
+        .map(|volume| (volume.name.as_str(), volume))
+        .collect();
     let of = |mount: &host::VolumeMount| {
         let source = volumes.get(mount.name.as_str())?.source.as_ref()?;
         let host::volume::Source::EmptyDir(empty) = source;
@@ -201,7 +232,11 @@ fn mounts(spec: &host::PodSpec, container: &host::Container) -> Vec<guest::Mount
 
 /// Sends a signal to a container; one that has ended needs none.
 pub(super) async fn signal(sandbox: Arc<dyn Sandbox>, id: String, signal: u32, all_processes: bool) {
-    let request = guest::SignalContainerRequest { container_id: id.clone(), signal, all_processes };
+    let request = guest::SignalContainerRequest {
+        container_id: id.clone(),
+        signal,
+        all_processes,
+    };
     let result: Result<_, Status> = sandbox.guest().signal_container(request).await;
     if let Err(status) = result {
         warn!(container = id, signal, %status, "signalling a container failed");

@@ -28,11 +28,19 @@ struct Report(Vec<Violation>);
 
 impl Report {
     fn wrong(&mut self, field: impl Into<String>, description: impl Into<String>) {
-        self.0.push(Violation { field: field.into(), description: description.into(), unsupported: false });
+        self.0.push(Violation {
+            field: field.into(),
+            description: description.into(),
+            unsupported: false,
+        });
     }
 
     fn unsupported(&mut self, field: impl Into<String>, description: impl Into<String>) {
-        self.0.push(Violation { field: field.into(), description: description.into(), unsupported: true });
+        self.0.push(Violation {
+            field: field.into(),
+            description: description.into(),
+            unsupported: true,
+        });
     }
 
     fn check(&mut self, right: bool, field: impl Into<String>, description: &str) {
@@ -58,7 +66,11 @@ pub fn pod(meta: &host::PodMeta, spec: &host::PodSpec) -> Vec<Violation> {
     for (index, container) in spec.containers.iter().enumerate().take(MAX_CONTAINERS) {
         let path = format!("spec.containers[{index}]");
         report.check(is_label(&container.name), format!("{path}.name"), LABEL);
-        report.check(names.insert(&container.name), format!("{path}.name"), "must differ from those before it");
+        report.check(
+            names.insert(&container.name),
+            format!("{path}.name"),
+            "must differ from those before it",
+        );
         check_container(container, &path, &volumes, &mut report);
     }
     report.0
@@ -67,9 +79,17 @@ pub fn pod(meta: &host::PodMeta, spec: &host::PodSpec) -> Vec<Violation> {
 const LABEL: &str = "must be 1 to 63 characters of [a-z0-9-], beginning and ending with [a-z0-9]";
 
 fn check_meta(meta: &host::PodMeta, report: &mut Report) {
-    report.check(is_uid(&meta.uid), "meta.uid", "must be 1 to 63 characters of [a-zA-Z0-9-]");
+    report.check(
+        is_uid(&meta.uid),
+        "meta.uid",
+        "must be 1 to 63 characters of [a-zA-Z0-9-]",
+    );
     report.check(is_label(&meta.namespace), "meta.namespace", LABEL);
-    report.check(is_subdomain(&meta.name), "meta.name", "must be a DNS name: labels of [a-z0-9-], joined by dots");
+    report.check(
+        is_subdomain(&meta.name),
+        "meta.name",
+        "must be a DNS name: labels of [a-z0-9-], joined by dots",
+    );
 }
 
 fn check_spec(spec: &host::PodSpec, report: &mut Report) {
@@ -85,14 +105,22 @@ fn check_spec(spec: &host::PodSpec, report: &mut Report) {
             "must not be negative",
         );
     }
-    report.check(spec.hostname.is_empty() || is_label(&spec.hostname), "spec.hostname", LABEL);
+    report.check(
+        spec.hostname.is_empty() || is_label(&spec.hostname),
+        "spec.hostname",
+        LABEL,
+    );
     report.check(
         spec.scratch_bytes == 0 || (MIN_SCRATCH..=MAX_SCRATCH).contains(&spec.scratch_bytes),
         "spec.scratch_bytes",
         "must be 16 MiB to 16 TiB, or 0 for the host's default",
     );
     if let Some(dns) = &spec.dns {
-        report.check(dns.nameservers.len() <= 3, "spec.dns.nameservers", "must be at most 3 (resolv.conf(5))");
+        report.check(
+            dns.nameservers.len() <= 3,
+            "spec.dns.nameservers",
+            "must be at most 3 (resolv.conf(5))",
+        );
         for (index, server) in dns.nameservers.iter().enumerate() {
             let field = format!("spec.dns.nameservers[{index}]");
             report.check(server.parse::<IpAddr>().is_ok(), field, "must be an IP address");
@@ -106,14 +134,22 @@ fn check_spec(spec: &host::PodSpec, report: &mut Report) {
     }
     for (index, alias) in spec.host_aliases.iter().enumerate() {
         let path = format!("spec.host_aliases[{index}]");
-        report.check(alias.ip.parse::<IpAddr>().is_ok(), format!("{path}.ip"), "must be an IP address");
+        report.check(
+            alias.ip.parse::<IpAddr>().is_ok(),
+            format!("{path}.ip"),
+            "must be an IP address",
+        );
         for (at, name) in alias.hostnames.iter().enumerate() {
             report.check(is_word(name), format!("{path}.hostnames[{at}]"), "must be a host name");
         }
     }
     for name in spec.security_context.iter().flat_map(|context| context.sysctls.keys()) {
         let right = is_word(name) && !name.split(['.', '/']).any(|part| part.is_empty() || part == "..");
-        report.check(right, format!("spec.security_context.sysctls[{name:?}]"), "must be a dotted kernel parameter");
+        report.check(
+            right,
+            format!("spec.security_context.sysctls[{name:?}]"),
+            "must be a dotted kernel parameter",
+        );
     }
 }
 
@@ -122,16 +158,27 @@ fn check_volumes<'a>(spec: &'a host::PodSpec, report: &mut Report) -> HashSet<&'
     for (index, volume) in spec.volumes.iter().enumerate() {
         let path = format!("spec.volumes[{index}]");
         report.check(is_label(&volume.name), format!("{path}.name"), LABEL);
-        report.check(names.insert(volume.name.as_str()), format!("{path}.name"), "must differ from those before it");
+        report.check(
+            names.insert(volume.name.as_str()),
+            format!("{path}.name"),
+            "must differ from those before it",
+        );
         if volume.source.is_none() {
-            report.unsupported(format!("{path}.source"), "has a kind of source that this flintd does not know");
+            report.unsupported(
+                format!("{path}.source"),
+                "has a kind of source that this flintd does not know",
+            );
         }
     }
     names
 }
 
 fn check_container(container: &host::Container, path: &str, volumes: &HashSet<&str>, report: &mut Report) {
-    report.check(is_word(&container.image), format!("{path}.image"), "must be an image reference");
+    report.check(
+        is_word(&container.image),
+        format!("{path}.image"),
+        "must be an image reference",
+    );
     report.check(
         host::ImagePullPolicy::try_from(container.image_pull_policy).is_ok(),
         format!("{path}.image_pull_policy"),
@@ -139,25 +186,50 @@ fn check_container(container: &host::Container, path: &str, volumes: &HashSet<&s
     );
     for (name, list) in [("command", &container.command), ("args", &container.args)] {
         for (index, word) in list.iter().enumerate() {
-            report.check(!word.contains('\0'), format!("{path}.{name}[{index}]"), "must not contain NUL");
+            report.check(
+                !word.contains('\0'),
+                format!("{path}.{name}[{index}]"),
+                "must not contain NUL",
+            );
         }
     }
     for (index, var) in container.env.iter().enumerate() {
         let name = !var.name.is_empty() && !var.name.contains(['=', '\0']);
-        report.check(name, format!("{path}.env[{index}].name"), "must be non-empty, without '=' and NUL");
-        report.check(!var.value.contains('\0'), format!("{path}.env[{index}].value"), "must not contain NUL");
+        report.check(
+            name,
+            format!("{path}.env[{index}].name"),
+            "must be non-empty, without '=' and NUL",
+        );
+        report.check(
+            !var.value.contains('\0'),
+            format!("{path}.env[{index}].value"),
+            "must not contain NUL",
+        );
     }
     let dir = &container.working_dir;
-    report.check(dir.is_empty() || is_path(dir), format!("{path}.working_dir"), "must be an absolute path without '..'");
-    check_resources(&container.resources.unwrap_or_default(), &format!("{path}.resources"), report);
+    report.check(
+        dir.is_empty() || is_path(dir),
+        format!("{path}.working_dir"),
+        "must be an absolute path without '..'",
+    );
+    check_resources(
+        &container.resources.unwrap_or_default(),
+        &format!("{path}.resources"),
+        report,
+    );
     if let Some(security) = &container.security_context {
-        for (name, list) in
-            [("add_capabilities", &security.add_capabilities), ("drop_capabilities", &security.drop_capabilities)]
-        {
+        for (name, list) in [
+            ("add_capabilities", &security.add_capabilities),
+            ("drop_capabilities", &security.drop_capabilities),
+        ] {
             for (index, one) in list.iter().enumerate() {
                 let one = capability(one);
                 let known = one == "ALL" || ALL_CAPABILITIES.contains(&one.as_str());
-                report.check(known, format!("{path}.security_context.{name}[{index}]"), "must be a Linux capability");
+                report.check(
+                    known,
+                    format!("{path}.security_context.{name}[{index}]"),
+                    "must be a Linux capability",
+                );
             }
         }
         let contradiction = security.privileged && security.allow_privilege_escalation == Some(false);
@@ -170,10 +242,22 @@ fn check_container(container: &host::Container, path: &str, volumes: &HashSet<&s
     let mut destinations = HashSet::new();
     for (index, mount) in container.volume_mounts.iter().enumerate() {
         let path = format!("{path}.volume_mounts[{index}]");
-        report.check(volumes.contains(mount.name.as_str()), format!("{path}.name"), "must name one of spec.volumes");
+        report.check(
+            volumes.contains(mount.name.as_str()),
+            format!("{path}.name"),
+            "must name one of spec.volumes",
+        );
         let right = is_path(&mount.mount_path) && mount.mount_path != "/";
-        report.check(right, format!("{path}.mount_path"), "must be an absolute path without '..', and not the root");
-        report.check(destinations.insert(&mount.mount_path), format!("{path}.mount_path"), "must be unique");
+        report.check(
+            right,
+            format!("{path}.mount_path"),
+            "must be an absolute path without '..', and not the root",
+        );
+        report.check(
+            destinations.insert(&mount.mount_path),
+            format!("{path}.mount_path"),
+            "must be unique",
+        );
     }
     for (index, port) in container.ports.iter().enumerate() {
         let path = format!("{path}.ports[{index}]");
@@ -189,7 +273,11 @@ fn check_resources(resources: &host::Resources, path: &str, report: &mut Report)
     let cpu = within(resources.cpu_request_milli, resources.cpu_limit_milli);
     report.check(cpu, format!("{path}.cpu_request_milli"), "must not exceed the limit");
     let memory = within(resources.memory_request_bytes, resources.memory_limit_bytes);
-    report.check(memory, format!("{path}.memory_request_bytes"), "must not exceed the limit");
+    report.check(
+        memory,
+        format!("{path}.memory_request_bytes"),
+        "must not exceed the limit",
+    );
     let limit = resources.memory_limit_bytes;
     report.check(
         limit == 0 || limit >= MIN_MEMORY_LIMIT,
@@ -237,14 +325,25 @@ pub(crate) mod tests {
         let container = host::Container {
             name: "web".into(),
             image: "registry.example/app:1".into(),
-            volume_mounts: vec![host::VolumeMount { name: "data".into(), mount_path: "/data".into(), read_only: false }],
+            volume_mounts: vec![host::VolumeMount {
+                name: "data".into(),
+                mount_path: "/data".into(),
+                read_only: false,
+            }],
             ..Default::default()
         };
         let volume = host::Volume {
             name: "data".into(),
             source: Some(host::volume::Source::EmptyDir(host::EmptyDir::default())),
         };
-        (meta, host::PodSpec { containers: vec![container], volumes: vec![volume], ..Default::default() })
+        (
+            meta,
+            host::PodSpec {
+                containers: vec![container],
+                volumes: vec![volume],
+                ..Default::default()
+            },
+        )
     }
 
     #[test]
@@ -267,14 +366,27 @@ pub(crate) mod tests {
             ("spec.termination_grace_period", |_, spec| {
                 spec.termination_grace_period = Some(prost_types::Duration { seconds: -1, nanos: 0 });
             }),
-            ("spec.containers[0].name", |_, spec| spec.containers[0].name = "a/b".into()),
-            ("spec.containers[0].image", |_, spec| spec.containers[0].image = "two words".into()),
-            ("spec.containers[0].args[0]", |_, spec| spec.containers[0].args = vec!["a\0".into()]),
-            ("spec.containers[0].env[0].name", |_, spec| {
-                spec.containers[0].env = vec![host::EnvVar { name: "A=B".into(), value: String::new() }];
+            ("spec.containers[0].name", |_, spec| {
+                spec.containers[0].name = "a/b".into()
             }),
-            ("spec.containers[0].working_dir", |_, spec| spec.containers[0].working_dir = "/a/../b".into()),
-            ("spec.containers[0].volume_mounts[0].name", |_, spec| spec.volumes.clear()),
+            ("spec.containers[0].image", |_, spec| {
+                spec.containers[0].image = "two words".into()
+            }),
+            ("spec.containers[0].args[0]", |_, spec| {
+                spec.containers[0].args = vec!["a\0".into()]
+            }),
+            ("spec.containers[0].env[0].name", |_, spec| {
+                spec.containers[0].env = vec![host::EnvVar {
+                    name: "A=B".into(),
+                    value: String::new(),
+                }];
+            }),
+            ("spec.containers[0].working_dir", |_, spec| {
+                spec.containers[0].working_dir = "/a/../b".into()
+            }),
+            ("spec.containers[0].volume_mounts[0].name", |_, spec| {
+                spec.volumes.clear()
+            }),
             ("spec.containers[0].volume_mounts[0].mount_path", |_, spec| {
                 spec.containers[0].volume_mounts[0].mount_path = "data".into();
             }),
@@ -287,11 +399,16 @@ pub(crate) mod tests {
             }),
             ("spec.containers[0].security_context.add_capabilities[0]", |_, spec| {
                 let add_capabilities = vec!["FLY".into()];
-                spec.containers[0].security_context =
-                    Some(host::SecurityContext { add_capabilities, ..Default::default() });
+                spec.containers[0].security_context = Some(host::SecurityContext {
+                    add_capabilities,
+                    ..Default::default()
+                });
             }),
             ("spec.containers[0].ports[0].container_port", |_, spec| {
-                let port = host::ContainerPort { container_port: 70000, ..Default::default() };
+                let port = host::ContainerPort {
+                    container_port: 70000,
+                    ..Default::default()
+                };
                 spec.containers[0].ports = vec![port];
             }),
         ];

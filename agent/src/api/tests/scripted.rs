@@ -1,0 +1,367 @@
+//! A sandbox without a VMM: its guest is a gRPC server in this process that does what a script says.
+
+use std::{
+    collections::{BTreeMap, HashSet},
+    path::PathBuf,
+    sync::{Arc, Mutex},
+};
+
+use flint_api::{
+    guest::{
+        self,
+        container_status::State,
+        guest_client::GuestClient,
+        guest_server::{Guest, GuestServer},
+    },
+    host,
+    vmm::ExitReason,
+};
+use hyper_util::rt::TokioIo;
+use tokio::sync::{mpsc, watch};
+use tokio_stream::{StreamExt as _, wrappers::ReceiverStream};
+use tonic::{
+    Request, Response, Status, Streaming, async_trait,
+    transport::{Channel, Endpoint, Server},
+};
+
+use crate::{
+    backend::{
+        ImageConfig, ImageError, ImageInfo, Images, PullOrder, Sandbox, SandboxError, SandboxExit, SandboxPlan,
+        Sandboxes, TakeOver,
+    },
+    timeline::Timeline,
+};
+
+/// One container in the scripted guest: runs until told otherwise; what it writes is `output`.
+#[derive(Clone, Debug, Default)]
+struct Container {
+    started: bool,
+    output: Vec<u8>,
+    exit: Option<guest::ContainerExit>,
+}
+
+/// The guest: a table of containers that tests reach into.
+#[derive(Clone, Debug, Default)]
+pub(super) struct ScriptedGuest {
+    containers: Arc<watch::Sender<BTreeMap<String, Container>>>,
+    created: Arc<Mutex<Vec<guest::CreateContainerRequest>>>,
+    end: Arc<watch::Sender<Option<SandboxExit>>>,
+}
+
+impl ScriptedGuest {
+    pub(super) fn print(&self, id: &str, text: &str) {
+        self.containers
+            .send_modify(|all| all.entry(id.into()).or_default().output.extend(text.as_bytes()));
+    }
+
+    pub(super) fn exit(&self, id: &str, exit_code: u32) {
+        let exit = guest::ContainerExit {
+            exit_code,
+            ..Default::default()
+        };
+        self.containers
+            .send_modify(|all| all.entry(id.into()).or_default().exit = Some(exit));
+    }
+
+    pub(super) fn die(&self, reason: ExitReason) {
+        self.end.send_replace(Some(SandboxExit {
+            reason,
+            detail: String::new(),
+        }));
+    }
+
+    pub(super) fn created(&self) -> Vec<guest::CreateContainerRequest> {
+        self.created.lock().unwrap().clone()
+    }
+
+    /// Waits until the container fulfils a condition.
+    async fn until(&self, id: &str, condition: impl Fn(&Container) -> bool) -> Result<Container, Status> {
+        let mut news = self.containers.subscribe();
+        let all = news.wait_for(|all| all.get(id).is_none_or(&condition)).await;
+        let found = all.map_err(|_| Status::unavailable("gone"))?.get(id).cloned();
+        found.ok_or_else(|| Status::not_found(format!("no container {id}")))
+    }
+}
+
+type Chunks<T> = ReceiverStream<Result<T, Status>>;
+
+#[async_trait]
+impl Guest for ScriptedGuest {
+    async fn adopt_identity(
+        &self,
+        _: Request<guest::AdoptIdentityRequest>,
+    ) -> Result<Response<guest::AdoptIdentityResponse>, Status> {
+        Ok(Response::new(Default::default()))
+    }
+    async fn mount_image(
+        &self,
+        _: Request<guest::MountImageRequest>,
+    ) -> Result<Response<guest::MountImageResponse>, Status> {
+        Ok(Response::new(Default::default()))
+    }
+    async fn create_container(
+        &self,
+        request: Request<guest::CreateContainerRequest>,
+    ) -> Result<Response<guest::CreateContainerResponse>, Status> {
+        let request = request.into_inner();
+        self.containers
+            .send_modify(|all| drop(all.insert(request.container_id.clone(), Container::default())));
+        self.created.lock().unwrap().push(request);
+        Ok(Response::new(Default::default()))
+    }
+    async fn start_container(
+        &self,
+        request: Request<guest::StartContainerRequest>,
+    ) -> Result<Response<guest::StartContainerResponse>, Status> {
+        let id = request.into_inner().container_id;
+        self.containers
+            .send_modify(|all| all.entry(id).or_default().started = true);
+        Ok(Response::new(Default::default()))
+    }
+    async fn signal_container(
+        &self,
+        request: Request<guest::SignalContainerRequest>,
+    ) -> Result<Response<guest::SignalContainerResponse>, Status> {
+        let request = request.into_inner();
+        self.exit(&request.container_id, 128 + request.signal);
+        Ok(Response::new(Default::default()))
+    }
+    async fn wait_container(
+        &self,
+        request: Request<guest::WaitContainerRequest>,
+    ) -> Result<Response<guest::ContainerExit>, Status> {
+        let found = self
+            .until(&request.into_inner().container_id, |container| container.exit.is_some())
+            .await?;
+        Ok(Response::new(found.exit.unwrap()))
+    }
+    async fn delete_container(
+        &self,
+        request: Request<guest::DeleteContainerRequest>,
+    ) -> Result<Response<guest::DeleteContainerResponse>, Status> {
+        self.containers
+            .send_modify(|all| drop(all.remove(&request.into_inner().container_id)));
+        Ok(Response::new(Default::default()))
+    }
+    async fn list_containers(
+        &self,
+        _: Request<guest::ListContainersRequest>,
+    ) -> Result<Response<guest::ListContainersResponse>, Status> {
+        let all = self.containers.borrow().clone();
+        let status = |(id, container): (String, Container)| guest::ContainerStatus {
+            container_id: id,
+            state: match (&container.exit, container.started) {
+                (Some(_), _) => State::Exited,
+                (None, true) => State::Running,
+                (None, false) => State::Created,
+            }
+            .into(),
+            exit: container.exit,
+        };
+        Ok(Response::new(guest::ListContainersResponse {
+            containers: all.into_iter().map(status).collect(),
+        }))
+    }
+    type ReadOutputStream = Chunks<guest::OutputChunk>;
+    async fn read_output(
+        &self,
+        request: Request<guest::ReadOutputRequest>,
+    ) -> Result<Response<Self::ReadOutputStream>, Status> {
+        let guest::ReadOutputRequest {
+            container_id,
+            from_offset,
+        } = request.into_inner();
+        let from = usize::try_from(from_offset).unwrap();
+        let found = self
+            .until(&container_id, |c| c.output.len() > from || c.exit.is_some())
+            .await?;
+        let (out, chunks) = mpsc::channel(1);
+        if let Some(data) = found.output.get(from..).filter(|data| !data.is_empty()) {
+            let stream = guest::output_chunk::Stream::Stdout.into();
+            let chunk = guest::OutputChunk {
+                offset: from_offset,
+                stream,
+                data: data.to_vec(),
+                time_ns: 1,
+            };
+            out.send(Ok(chunk)).await.unwrap();
+        }
+        Ok(Response::new(ReceiverStream::new(chunks)))
+    }
+    async fn write_input(
+        &self,
+        _: Request<Streaming<guest::InputFrame>>,
+    ) -> Result<Response<guest::WriteInputResponse>, Status> {
+        Ok(Response::new(Default::default()))
+    }
+    type ExecStream = Chunks<guest::ExecResponse>;
+    /// Echoes standard input as standard output and ends with its number of bytes at the end of the input; killed, with 137.
+    async fn exec(
+        &self,
+        request: Request<Streaming<guest::ExecRequest>>,
+    ) -> Result<Response<Self::ExecStream>, Status> {
+        use guest::{exec_request::Frame, exec_response::Frame as Answer};
+        let mut frames = request.into_inner();
+        let (out, answers) = mpsc::channel(4);
+        tokio::spawn(async move {
+            let mut exit_code = 0;
+            while let Ok(Some(message)) = frames.message().await {
+                let answer = match message.frame {
+                    Some(Frame::Stdin(bytes)) => {
+                        exit_code += u32::try_from(bytes.len()).unwrap();
+                        Answer::Stdout(bytes)
+                    }
+                    Some(Frame::StdinEof(_)) => break,
+                    Some(Frame::Signal(signal)) => {
+                        exit_code = 128 + signal;
+                        break;
+                    }
+                    _ => continue,
+                };
+                let _ = out.send(Ok(guest::ExecResponse { frame: Some(answer) })).await;
+            }
+            let exit = guest::ContainerExit {
+                exit_code,
+                ..Default::default()
+            };
+            let _ = out
+                .send(Ok(guest::ExecResponse {
+                    frame: Some(Answer::Exit(exit)),
+                }))
+                .await;
+        });
+        Ok(Response::new(ReceiverStream::new(answers)))
+    }
+    async fn stats(&self, _: Request<guest::StatsRequest>) -> Result<Response<guest::StatsResponse>, Status> {
+        Ok(Response::new(Default::default()))
+    }
+    async fn shutdown(&self, _: Request<guest::ShutdownRequest>) -> Result<Response<guest::ShutdownResponse>, Status> {
+        self.die(ExitReason::Poweroff);
+        Ok(Response::new(Default::default()))
+    }
+}
+
+struct ScriptedSandbox {
+    guest: ScriptedGuest,
+    channel: Channel,
+}
+
+#[async_trait]
+impl Sandbox for ScriptedSandbox {
+    fn guest(&self) -> GuestClient<Channel> {
+        GuestClient::new(self.channel.clone())
+    }
+    fn addresses(&self) -> Vec<String> {
+        vec!["10.0.0.2".into()]
+    }
+    async fn exited(&self) -> SandboxExit {
+        let mut end = self.guest.end.subscribe();
+        end.wait_for(Option::is_some).await.unwrap().clone().unwrap()
+    }
+    async fn kill(&self) {
+        self.guest.die(ExitReason::Killed);
+    }
+}
+
+/// All sandboxes share one guest, so that a test can hold it before there is a sandbox; a flintd that follows finds them.
+#[derive(Clone, Default)]
+pub(super) struct ScriptedSandboxes {
+    pub(super) guest: ScriptedGuest,
+    pub(super) plans: Arc<Mutex<Vec<SandboxPlan>>>,
+}
+
+impl ScriptedSandboxes {
+    async fn connect(&self) -> Arc<dyn Sandbox> {
+        let (client, server) = tokio::io::duplex(64 << 10);
+        let incoming = tokio_stream::once(Ok::<_, std::io::Error>(server)).chain(tokio_stream::pending());
+        let service = GuestServer::new(self.guest.clone());
+        tokio::spawn(Server::builder().add_service(service).serve_with_incoming(incoming));
+        let mut client = Some(client);
+        let connector = tower::service_fn(move |_| {
+            let client = client.take();
+            async move { client.map(TokioIo::new).ok_or_else(|| std::io::Error::other("gone")) }
+        });
+        let channel = Endpoint::from_static("http://guest")
+            .connect_with_connector(connector)
+            .await
+            .unwrap();
+        Arc::new(ScriptedSandbox {
+            guest: self.guest.clone(),
+            channel,
+        })
+    }
+}
+
+#[async_trait]
+impl Sandboxes for ScriptedSandboxes {
+    async fn launch(&self, plan: SandboxPlan, timeline: Timeline) -> Result<Arc<dyn Sandbox>, SandboxError> {
+        timeline.mark("vmm.boot");
+        self.plans.lock().unwrap().push(plan);
+        self.guest.end.send_replace(None);
+        Ok(self.connect().await)
+    }
+    async fn take_over(&self, _: &str) -> Result<TakeOver, SandboxError> {
+        let end = self.guest.end.borrow().clone();
+        Ok(match end {
+            Some(end) => TakeOver::Ended(end),
+            None => TakeOver::Running(self.connect().await),
+        })
+    }
+    async fn end_unknown(&self, _: &HashSet<String>) -> Result<(), SandboxError> {
+        Ok(())
+    }
+}
+
+/// Knows one image, `busybox`; a registry called `down` is down.
+#[derive(Clone, Default)]
+pub(super) struct ScriptedImages;
+
+fn busybox() -> ImageInfo {
+    let image = host::Image {
+        digest: "sha256:b".into(),
+        references: vec!["busybox".into()],
+        ..Default::default()
+    };
+    let config = ImageConfig {
+        cmd: vec!["sh".into()],
+        stop_signal: "SIGQUIT".into(),
+        ..Default::default()
+    };
+    ImageInfo { image, config }
+}
+
+#[async_trait]
+impl Images for ScriptedImages {
+    async fn pull(
+        &self,
+        order: PullOrder,
+        progress: mpsc::Sender<host::PullProgress>,
+    ) -> Result<ImageInfo, ImageError> {
+        let _ = progress.try_send(host::PullProgress {
+            stage: "resolve".into(),
+            ..Default::default()
+        });
+        match order.reference.as_str() {
+            "busybox" => Ok(busybox()),
+            reference if reference.starts_with("down") => Err(ImageError::Unavailable("the registry is down".into())),
+            reference => Err(ImageError::NotFound(format!("no image {reference}"))),
+        }
+    }
+    async fn import(
+        &self,
+        path: PathBuf,
+        _: Option<String>,
+        _: mpsc::Sender<host::PullProgress>,
+    ) -> Result<ImageInfo, ImageError> {
+        Err(ImageError::Invalid(format!("{} is no archive", path.display())))
+    }
+    async fn get(&self, name: &str) -> Result<Option<ImageInfo>, ImageError> {
+        Ok(["busybox", "sha256:b"].contains(&name).then(busybox))
+    }
+    async fn list(&self) -> Result<Vec<host::Image>, ImageError> {
+        Ok(vec![busybox().image])
+    }
+    async fn remove(&self, _: &str) -> Result<u64, ImageError> {
+        Ok(1000)
+    }
+}
