@@ -12,12 +12,16 @@ use super::{
 };
 use crate::{host::LeaseError, pods::duration};
 
-pub(super) fn lease_status(error: LeaseError) -> Status {
-    let message = error.to_string();
-    match error {
-        LeaseError::Held { remaining, .. } => fault_retry(Code::FailedPrecondition, "LEASE_HELD", message, remaining),
-        LeaseError::Lost { .. } => fault(Code::FailedPrecondition, "LEASE_LOST", message),
-        LeaseError::Store(_) => fault_retry(Code::Unavailable, "STORE", message, Duration::from_secs(5)),
+impl From<LeaseError> for Status {
+    fn from(error: LeaseError) -> Self {
+        let message = error.to_string();
+        match error {
+            LeaseError::Held { remaining, .. } => {
+                fault_retry(Code::FailedPrecondition, "LEASE_HELD", message, remaining)
+            }
+            LeaseError::Lost { .. } => fault(Code::FailedPrecondition, "LEASE_LOST", message),
+            LeaseError::Store(_) => fault_retry(Code::Unavailable, "STORE", message, Duration::from_secs(5)),
+        }
     }
 }
 
@@ -63,13 +67,13 @@ impl Host for Api {
             .control
             .acquire(&request.holder, duration(lasting), SystemTime::now())
             .await;
-        Ok(Response::new(lease.map_err(lease_status)?))
+        Ok(Response::new(lease?))
     }
 
     async fn drain(&self, request: Request<host::DrainRequest>) -> Result<Response<host::DrainResponse>, Status> {
         let request = request.into_inner();
         self.fence(request.lease_epoch)?;
-        self.control.drain(!request.resume).await.map_err(lease_status)?;
+        self.control.drain(!request.resume).await?;
         self.pods.context().changed();
         if request.terminate_pods && !request.resume {
             self.pods.terminate_all(false).await;

@@ -45,7 +45,7 @@ pub struct Api {
 impl Api {
     /// Refuses a writer with a stale lease.
     fn fence(&self, epoch: u64) -> Result<(), Status> {
-        self.control.check(epoch).map_err(host::lease_status)
+        Ok(self.control.check(epoch)?)
     }
 
     /// All services.

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use flint_api::host::{self, pods_server::Pods};
-use tokio_stream::{StreamExt as _, wrappers::ReceiverStream};
+use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, async_trait};
 
 use super::{Answers, Api, fault::bad_field};
@@ -101,6 +101,6 @@ impl Pods for Api {
                 }
             }
         });
-        Ok(Response::new(Box::pin(ReceiverStream::new(answers).map(|event| event))))
+        Ok(Response::new(Box::pin(ReceiverStream::new(answers))))
     }
 }

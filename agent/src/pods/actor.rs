@@ -489,7 +489,7 @@ impl Actor {
             started: started.clone(),
         };
         self.handle(event).await;
-        let going: Vec<_> = self.machine.runs().map(|(run, runs)| (run, runs)).collect();
+        let going: Vec<_> = self.machine.runs().collect();
         for index in started {
             let Some((run, true)) = going.get(index).copied() else {
                 continue;

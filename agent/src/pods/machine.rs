@@ -100,7 +100,7 @@ pub enum Event {
 }
 
 /// What to do.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Action {
     /// Bring the container's image here; leads to [`Event::Pulled`].
     Pull(usize),

@@ -452,10 +452,10 @@ fn any_order_of_events_is_survived() {
             host::RestartPolicy::OnFailure,
             host::RestartPolicy::Never,
         ];
-        let mut pod = Script::new(policy[next(3) as usize], &["a", "b"]);
+        let mut pod = Script::new(policy[usize::try_from(next(3)).unwrap()], &["a", "b"]);
         pod.on(Event::Start);
         for _ in 0..40 {
-            let index = next(3) as usize;
+            let index = usize::try_from(next(3)).unwrap();
             let run = u32::try_from(next(3)).unwrap();
             let was = (pod.machine.life(), pod.machine.terminating.is_some());
             let actions = match next(12) {

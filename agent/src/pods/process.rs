@@ -248,8 +248,8 @@ mod tests {
         }
     }
 
-    fn made(container: host::Container, image: &ImageConfig) -> Result<guest::Process, StepError> {
-        process(&host::PodSpec::default(), &container, image)
+    fn made(container: &host::Container, image: &ImageConfig) -> Result<guest::Process, StepError> {
+        process(&host::PodSpec::default(), container, image)
     }
 
     #[test]
@@ -266,9 +266,9 @@ mod tests {
                 args: strings(args),
                 ..Default::default()
             };
-            assert_eq!(made(container, &image()).unwrap().args, expected);
+            assert_eq!(made(&container, &image()).unwrap().args, expected);
         }
-        let error = made(host::Container::default(), &ImageConfig::default()).unwrap_err();
+        let error = made(&host::Container::default(), &ImageConfig::default()).unwrap_err();
         assert_eq!(error.reason, "CreateContainerConfigError");
     }
 
@@ -283,12 +283,12 @@ mod tests {
             ..Default::default()
         };
         assert_eq!(
-            made(container, &image()).unwrap().env,
+            made(&container, &image()).unwrap().env,
             ["PATH=/image", "MODE=own", "A=2"]
         );
         let mut bare = image();
         bare.env.clear();
-        assert_eq!(made(host::Container::default(), &bare).unwrap().env, [DEFAULT_PATH]);
+        assert_eq!(made(&host::Container::default(), &bare).unwrap().env, [DEFAULT_PATH]);
     }
 
     #[test]
@@ -316,7 +316,7 @@ mod tests {
                 user: user.into(),
                 ..image()
             };
-            assert_eq!(made(container, &image).is_ok(), allowed, "{run_as_user:?} {user}");
+            assert_eq!(made(&container, &image).is_ok(), allowed, "{run_as_user:?} {user}");
         }
     }
 

@@ -76,7 +76,7 @@ impl Run {
             {
                 // Made in an earlier sandbox, or never.
                 Err(status) if status.code() != Code::NotFound => {
-                    warn!(uid = self.uid, %status, "removing a run failed")
+                    warn!(uid = self.uid, %status, "removing a run failed");
                 }
                 _ => {}
             }

@@ -367,13 +367,13 @@ pub(crate) mod tests {
                 spec.termination_grace_period = Some(prost_types::Duration { seconds: -1, nanos: 0 });
             }),
             ("spec.containers[0].name", |_, spec| {
-                spec.containers[0].name = "a/b".into()
+                spec.containers[0].name = "a/b".into();
             }),
             ("spec.containers[0].image", |_, spec| {
-                spec.containers[0].image = "two words".into()
+                spec.containers[0].image = "two words".into();
             }),
             ("spec.containers[0].args[0]", |_, spec| {
-                spec.containers[0].args = vec!["a\0".into()]
+                spec.containers[0].args = vec!["a\0".into()];
             }),
             ("spec.containers[0].env[0].name", |_, spec| {
                 spec.containers[0].env = vec![host::EnvVar {
@@ -382,10 +382,10 @@ pub(crate) mod tests {
                 }];
             }),
             ("spec.containers[0].working_dir", |_, spec| {
-                spec.containers[0].working_dir = "/a/../b".into()
+                spec.containers[0].working_dir = "/a/../b".into();
             }),
             ("spec.containers[0].volume_mounts[0].name", |_, spec| {
-                spec.volumes.clear()
+                spec.volumes.clear();
             }),
             ("spec.containers[0].volume_mounts[0].mount_path", |_, spec| {
                 spec.containers[0].volume_mounts[0].mount_path = "data".into();
