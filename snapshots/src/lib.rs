@@ -14,6 +14,8 @@ mod bytes;
 pub mod chunk;
 pub mod device;
 #[cfg(feature = "store")]
+mod erofs;
+#[cfg(feature = "store")]
 pub mod image;
 #[cfg(feature = "store")]
 pub mod layer;
