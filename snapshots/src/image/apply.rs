@@ -5,8 +5,8 @@
 //! way to an entry are followed inside the image; whiteouts concern lower layers only, wherever they stand in the layer. A
 //! hard link's own attributes are not applied (umoci; containerd applies them, and in practice they are the same).
 
-use super::tree::{InodeId, Kind, Misfit, ROOT, Tree, shown, split_path};
-use crate::layer::{Entry, EntryKind};
+use super::tree::{InodeId, Kind, Misfit, ROOT, Tree, split_path};
+use crate::layer::{Entry, EntryKind, shown};
 
 impl<'a> Tree<'a> {
     /// Applies `entry` of layer number `layer`; layers come in order, and entries in the order of their layer.

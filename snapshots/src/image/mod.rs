@@ -1,18 +1,22 @@
 //! From layers to one file tree, and from the tree to an EROFS device.
 
 mod apply;
+#[cfg(test)]
+mod oracle_tests;
 mod place;
+#[cfg(test)]
+mod tests;
 mod tree;
 
 use place::Placer;
 pub use tree::Misfit;
-use tree::{InodeId, Kind, ROOT, Tree, shown};
+use tree::{InodeId, Kind, ROOT, Tree};
 
 use crate::chunk::{Chunk, ChunkSink, SinkError};
 use crate::device::{BLOCK_LEN, DeviceExtent, MAX_DEVICE_LEN};
 pub use crate::erofs::ErofsError;
 use crate::erofs::{self, Body, Dirent, FileType};
-use crate::layer::LayerIndex;
+use crate::layer::{LayerIndex, shown};
 
 /// How long metadata chunks are: they are read in single blocks all over, so shorter than data.
 pub(crate) const METADATA_CHUNK_LEN: usize = 64 * 1024;

@@ -2,12 +2,8 @@
 
 use std::collections::BTreeMap;
 
-use crate::layer::{Attributes, DeviceNumber, Extent};
+use crate::layer::{Attributes, DeviceNumber, Extent, MAX_NAME_LEN, MAX_PATH_LEN, shown};
 
-/// As Linux has it (PATH_MAX less the final zero byte).
-pub(super) const MAX_PATH_LEN: usize = 4095;
-/// As Linux has it for names on every file system that matters.
-pub(super) const MAX_NAME_LEN: usize = 255;
 /// Symbolic links on the way to one file; umoci and containerd allow as many.
 const MAX_SYMLINKS: usize = 255;
 
@@ -93,10 +89,6 @@ pub enum Misfit {
     /// The root is something else.
     #[error("the root can only be a directory")]
     Root,
-}
-
-pub(super) fn shown(bytes: &[u8]) -> String {
-    String::from_utf8_lossy(bytes).into_owned()
 }
 
 /// Splits off the last component.
