@@ -176,7 +176,7 @@ fn a_flipped_byte_in_the_table_is_an_error_and_never_wrong_bytes() {
     let (image, content) = sample(&mut packs);
     let good = table_of(&image, &packs);
     let mut found = 0;
-    for at in (0..HEADER_LEN).chain((HEADER_LEN..good.as_bytes().len()).step_by(97)) {
+    for at in (0..HEADER_LEN).chain((HEADER_LEN..good.as_bytes().len()).step_by(497)) {
         let mut bytes = good.as_bytes().to_vec();
         bytes[at] ^= 0x40;
         match ImageDevice::open(file_with(&bytes), packs.files_for(&good)).map(|device| read_all(&device)) {
@@ -185,7 +185,7 @@ fn a_flipped_byte_in_the_table_is_an_error_and_never_wrong_bytes() {
             Ok(Err(other)) => panic!("byte {at}: {other}"),
         }
     }
-    assert!(found > 300, "only {found} flips were found");
+    assert!(found > 150, "only {found} flips were found");
 }
 
 #[test]

@@ -38,7 +38,11 @@ impl Extensions {
 
     fn set(&mut self, key: &[u8], value: &[u8]) -> Result<(), &'static str> {
         if let Some(name) = key.strip_prefix(XATTR_PREFIX) {
-            self.xattrs.insert(name.to_vec(), value.to_vec());
+            // An empty value takes back, as everywhere here: no engine gives a file an empty attribute.
+            match value {
+                b"" => drop(self.xattrs.remove(name)),
+                _ => drop(self.xattrs.insert(name.to_vec(), value.to_vec())),
+            }
             return Ok(());
         }
         if let Some(key) = key.strip_prefix(SPARSE_PREFIX) {
