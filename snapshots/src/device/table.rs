@@ -88,8 +88,8 @@ pub enum OpenError {
     /// Written by another version of Flint.
     #[error("the device table has version {0}, this program reads version {VERSION}: have flintd write it anew")]
     Version(u32),
-    /// Its digest does not match.
-    #[error("the device table is damaged: its digest does not match; have flintd write it anew")]
+    /// It is cut short, or its digest does not match.
+    #[error("the device table is damaged: it is cut short or its digest does not match; have flintd write it anew")]
     Damaged,
     /// The digest matches, the content makes no sense.
     #[error("the device table is malformed: {0}")]
@@ -206,6 +206,10 @@ impl OpenTable {
             Shape::new(pack_count, chunks, extents).ok_or(OpenError::Malformed("its counts are beyond the limits"))?;
         if size > MAX_DEVICE_LEN || !size.is_multiple_of(BLOCK_LEN) {
             return Err(OpenError::Malformed("the device's size is impossible"));
+        }
+        let table_len = (shape.pages_at + shape.pages * PAGE_LEN) as u64;
+        if file.metadata().map_err(OpenError::Read)?.len() < table_len {
+            return Err(OpenError::Damaged);
         }
         let mut directory = vec![0; shape.directory_len];
         file.read_exact_at(&mut directory, HEADER_LEN as u64)
