@@ -18,7 +18,15 @@ mod erofs;
 #[cfg(feature = "store")]
 pub mod image;
 #[cfg(feature = "store")]
+pub mod images;
+#[cfg(feature = "store")]
+mod import;
+#[cfg(feature = "store")]
 pub mod layer;
+#[cfg(feature = "store")]
+pub mod registry;
+#[cfg(feature = "store")]
+pub mod store;
 #[cfg(test)]
 #[cfg(feature = "store")]
 mod testing;

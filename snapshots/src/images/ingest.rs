@@ -1,0 +1,207 @@
+//! A layer's bytes on their way into chunks: counted, hashed, decompressed, hashed again, cut.
+//!
+//! ```text
+//!   source ─> Tap (size, digest) ─> gunzip | unzstd | nothing ─> Tap (diff id) ─> layer::ingest ─> chunks
+//! ```
+//!
+//! Both digests are compared at the end, also when something in the middle did not like the bytes: that they are altered
+//! explains it best.
+
+use std::io::{self, BufRead, BufReader, Read};
+
+use tokio::sync::mpsc;
+
+use super::error::{ImageError, LayerError};
+use crate::image::Image as DeviceImage;
+use crate::layer::{self, LayerIndex};
+use crate::registry::{Digest, Hasher};
+use crate::store::{Sink, StoreError};
+
+/// What a layer has to be.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Expected {
+    /// Digest and size as stored; a docker archive does not tell them.
+    pub(crate) blob: Option<(Digest, u64)>,
+    pub(crate) diff_id: Digest,
+}
+
+/// Reads a layer from `source` into `sink`.
+pub(crate) fn layer(
+    source: impl Read,
+    expected: Expected,
+    sink: &mut Sink,
+    advanced: &dyn Fn(u64),
+) -> Result<LayerIndex, LayerError> {
+    let mut stored = Tap::new(source, advanced);
+    let (result, diff_id) = unpack(&mut stored, sink);
+    if let Some(error) = result.as_ref().err().and_then(find_store_error) {
+        return Err(error.into());
+    }
+    let drained = io::copy(&mut stored, &mut io::sink());
+    let (len, digest) = stored.finish();
+    if let (Some((expected, size)), Ok(_)) = (expected.blob, drained) {
+        if len != size {
+            return Err(LayerError::Length {
+                expected: size,
+                found: len,
+            });
+        }
+        if digest != expected {
+            return Err(LayerError::Altered {
+                expected,
+                found: digest,
+            });
+        }
+    }
+    let index = result.map_err(|error| LayerError::Tar(describe(&*error)))?;
+    if diff_id != expected.diff_id {
+        return Err(LayerError::DiffId {
+            expected: expected.diff_id,
+            found: diff_id,
+        });
+    }
+    Ok(index)
+}
+
+type BoxError = Box<dyn std::error::Error + Send + Sync>;
+
+fn unpack(stored: &mut impl Read, sink: &mut Sink) -> (Result<LayerIndex, BoxError>, Digest) {
+    let decompressed = match decompress(stored) {
+        Ok(decompressed) => decompressed,
+        Err(error) => return (Err(error.into()), Digest::of(b"")),
+    };
+    let mut tar = Tap::new(decompressed, &|_| ());
+    let ingested = layer::ingest(&mut tar, sink, &layer::Limits::default()).map_err(BoxError::from);
+    // Padding after the archive's end belongs to the diff id.
+    let result = ingested.and_then(|index| {
+        io::copy(&mut tar, &mut io::sink())
+            .map(|_| index)
+            .map_err(BoxError::from)
+    });
+    (result, tar.finish().1)
+}
+
+/// Tells the compression by the first bytes: media types are wrong too often, and archives have none.
+fn decompress<'a>(stored: &'a mut impl Read) -> io::Result<Box<dyn Read + 'a>> {
+    /// A frame that wants a larger window is refused: 128 MiB is what zstd's own tool allows without being asked.
+    const WINDOW_LOG_MAX: u32 = 27;
+    let mut stored = BufReader::with_capacity(128 << 10, stored);
+    let head = stored.fill_buf()?;
+    if head.starts_with(&[0x1f, 0x8b]) {
+        Ok(Box::new(flate2::bufread::MultiGzDecoder::new(stored)))
+    } else if head.starts_with(&[0x28, 0xb5, 0x2f, 0xfd])
+        || head
+            .get(..4)
+            .is_some_and(|m| m[0] & 0xf0 == 0x50 && m[1..] == [0x2a, 0x4d, 0x18])
+    {
+        let mut decoder = zstd::stream::read::Decoder::with_buffer(stored)?;
+        decoder.window_log_max(WINDOW_LOG_MAX)?;
+        Ok(Box::new(decoder))
+    } else {
+        Ok(Box::new(stored))
+    }
+}
+
+/// Makes one device of an image's layers.
+pub(crate) fn assemble(layers: &[LayerIndex], image: &str) -> Result<DeviceImage, ImageError> {
+    crate::image::assemble(layers).map_err(|error| ImageError::Assemble {
+        image: image.to_owned(),
+        reason: describe(&error),
+    })
+}
+
+/// An error and its causes on one line.
+fn describe(error: &(dyn std::error::Error + 'static)) -> String {
+    causes(error).map(ToString::to_string).collect::<Vec<_>>().join(": ")
+}
+
+/// An error, its cause, its cause's cause, ...
+fn causes<'a>(
+    error: &'a (dyn std::error::Error + 'static),
+) -> impl Iterator<Item = &'a (dyn std::error::Error + 'static)> {
+    std::iter::successors(Some(error), |error: &&'a (dyn std::error::Error + 'static)| {
+        error.source()
+    })
+}
+
+/// The error of the sink, which is the store.
+pub(crate) fn sink_error(error: &BoxError) -> StoreError {
+    find_store_error(error).unwrap_or_else(|| StoreError::Sink(describe(&**error)))
+}
+
+/// The store's error, if that is what is behind `error`. It cannot be moved out of there, so it is told again.
+fn find_store_error(error: &BoxError) -> Option<StoreError> {
+    let found = causes(&**error).find_map(|error| error.downcast_ref::<StoreError>())?;
+    Some(match found {
+        StoreError::DiskFull { dir, free, needed } => StoreError::DiskFull {
+            dir: dir.clone(),
+            free: *free,
+            needed: *needed,
+        },
+        other => StoreError::Sink(describe(other)),
+    })
+}
+
+/// Passes bytes on, counting and hashing them.
+struct Tap<'a, R> {
+    inner: R,
+    hasher: Hasher,
+    len: u64,
+    advanced: &'a dyn Fn(u64),
+}
+
+impl<'a, R: Read> Tap<'a, R> {
+    fn new(inner: R, advanced: &'a dyn Fn(u64)) -> Self {
+        Self {
+            inner,
+            hasher: Hasher::default(),
+            len: 0,
+            advanced,
+        }
+    }
+
+    fn finish(self) -> (u64, Digest) {
+        (self.len, self.hasher.finish())
+    }
+}
+
+impl<R: Read> Read for Tap<'_, R> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let read = self.inner.read(buffer)?;
+        self.hasher.update(&buffer[..read]);
+        self.len += read as u64;
+        (self.advanced)(read as u64);
+        Ok(read)
+    }
+}
+
+/// Bytes that an asynchronous task sends, for a thread to read.
+pub(crate) struct ChannelReader {
+    pieces: mpsc::Receiver<Vec<u8>>,
+    piece: io::Cursor<Vec<u8>>,
+}
+
+impl ChannelReader {
+    pub(crate) fn new(pieces: mpsc::Receiver<Vec<u8>>) -> Self {
+        Self {
+            pieces,
+            piece: io::Cursor::default(),
+        }
+    }
+}
+
+impl Read for ChannelReader {
+    /// The sender going away without an end is an end as well: digest and size then tell that something is missing.
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        loop {
+            let read = self.piece.read(buffer)?;
+            if read > 0 || buffer.is_empty() {
+                return Ok(read);
+            }
+            match self.pieces.blocking_recv() {
+                Some(piece) => self.piece = io::Cursor::new(piece),
+                None => return Ok(0),
+            }
+        }
+    }
+}

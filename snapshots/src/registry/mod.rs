@@ -1,0 +1,36 @@
+//! A client for OCI registries that pulls, and does nothing else.
+//!
+//! It speaks the pull half of the OCI distribution specification over reqwest, with document types from oci-spec. Ready-made
+//! clients were looked at and not taken, because a pull here must bound every document before it is in memory, read
+//! `Retry-After`, resume a blob in mid-stream, renew a token in mid-pull, keep the credentials of two pulls apart, and tell
+//! the user which of a dozen causes it was.
+//!
+//! ```text
+//!   ImageReference ──> Registry::pull(reference, credentials) ──> Pull ──┬─ resolve() ─> Resolved: manifest, config, layers
+//!                                                                        └─ blob() ────> BlobStream: bytes, resumed
+//!   Pull ── sources: mirrors in their order, then the registry itself
+//!    └─ Source: time-outs, retries, redirects ── Authorizer: anonymous, basic, bearer
+//! ```
+
+mod auth;
+mod blob;
+mod config;
+mod credentials;
+mod digest;
+mod endpoint;
+mod error;
+mod http;
+mod manifest;
+mod pull;
+mod reference;
+mod source;
+
+pub use blob::BlobStream;
+pub use config::{HostConfig, Limits, RegistryConfig, Retries, Timeouts};
+pub use credentials::Credentials;
+pub use digest::{Digest, Hasher, ParseDigestError};
+pub use error::RegistryError;
+pub use manifest::{Blob, Document, Manifest, Resolved};
+pub(crate) use manifest::{Choice, check_layers, parse_config, parse_document};
+pub use pull::{Pull, Registry};
+pub use reference::{ImageReference, ParseReferenceError};
