@@ -1,6 +1,8 @@
 //! flintd, Flint's host agent: pods in microVMs on one host, behind a gRPC API.
 //!
 //! ```text
+//!   daemon     flintd put together
+//!    |
 //!   api/       host API: sockets, TLS, limits, the four services
 //!    |
 //!   pods/      a state machine and a task for each pod; admission, validation, what a container runs
@@ -8,7 +10,7 @@
 //!    |   logs/   container output in files, followed without polling
 //!    |   journal  every change: to the store first, then to the watchers
 //!   probe/     what this host can do, measured
-//!   backend    what pods need from below: sandboxes and images, as two traits
+//!   backend    what pods need from below: sandboxes and images, as two traits; runtime/ has them over sandbox/ and the image store
 //!    |
 //!   sandbox/   microVMs: launch, guard, take over, end
 //!    |   \   \
@@ -22,6 +24,7 @@
 pub mod api;
 pub mod backend;
 pub mod cgroup;
+pub mod daemon;
 pub mod host;
 pub mod logs;
 pub mod metrics;
@@ -29,6 +32,7 @@ pub mod network;
 pub mod pods;
 pub mod probe;
 pub mod process;
+pub mod runtime;
 pub mod sandbox;
 pub mod scratch;
 pub mod store;

@@ -78,7 +78,7 @@ fn rfc3339(time_ns: u64) -> String {
 }
 
 /// Reads a moment in UTC, with or without a fraction of a second.
-pub(super) fn parse_rfc3339(text: &str) -> Option<SystemTime> {
+pub(crate) fn parse_rfc3339(text: &str) -> Option<SystemTime> {
     let (date, time) = text.strip_suffix('Z')?.split_once('T')?;
     let number = |text: Option<&str>| text.and_then(|text| text.parse::<u64>().ok());
     let mut date = date.split('-');

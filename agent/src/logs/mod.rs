@@ -20,6 +20,7 @@ use tokio::{
     task::spawn_blocking,
 };
 
+pub(crate) use cri::parse_rfc3339;
 pub use reader::RunReader;
 pub use writer::RunWriter;
 

@@ -1,0 +1,7 @@
+//! The two traits that pods stand on, over the microVM manager and the image store.
+
+mod images;
+mod sandboxes;
+
+pub use images::StoreImages;
+pub use sandboxes::MicroVms;

@@ -1,0 +1,138 @@
+//! [`Sandboxes`] over the microVM manager.
+
+use std::{collections::HashSet, os::fd::OwnedFd, sync::Arc};
+
+use flint_api::guest::guest_client::GuestClient;
+use flint_snapshots::images::{DeviceFiles, ImageStore};
+use tonic::{async_trait, transport::Channel};
+
+use crate::{
+    backend::{Sandbox, SandboxError, SandboxExit, SandboxPlan, Sandboxes, TakeOver},
+    chain,
+    sandbox::{self, DiskSource, DiskSpec, Exited, Manager, NetSpec, SandboxSpec, TakenOver},
+    timeline::Timeline,
+};
+
+/// Sandboxes that are microVMs, with disks from the image store.
+pub struct MicroVms {
+    manager: Manager,
+    images: ImageStore,
+}
+
+/// A microVM. What it reads is kept in the store as long as it lives.
+struct MicroVm {
+    sandbox: sandbox::Sandbox,
+    _images: Vec<flint_snapshots::images::InUse>,
+}
+
+impl MicroVms {
+    /// Over a manager and the store.
+    pub fn new(manager: Manager, images: ImageStore) -> Self {
+        Self { manager, images }
+    }
+
+    async fn device(&self, digest: &str) -> Result<DeviceFiles, SandboxError> {
+        let parsed = digest
+            .parse()
+            .map_err(|error| SandboxError(format!("image {digest}: {}", chain(&error))))?;
+        let device = self.images.device(parsed).await;
+        device.map_err(|error| SandboxError(format!("opening image {digest}: {}", chain(&error))))
+    }
+}
+
+#[async_trait]
+impl Sandboxes for MicroVms {
+    async fn launch(&self, plan: SandboxPlan, timeline: Timeline) -> Result<Arc<dyn Sandbox>, SandboxError> {
+        let mut disks = Vec::new();
+        let mut guards = Vec::new();
+        for (number, digest) in plan.images.iter().enumerate() {
+            let DeviceFiles { table, packs, guard } = self.device(digest).await?;
+            guards.push(guard);
+            disks.push(DiskSpec {
+                serial: format!("image-{number}"),
+                source: DiskSource::Image {
+                    table: Arc::new(OwnedFd::from(table)),
+                    packs: packs.into_iter().map(|pack| Arc::new(OwnedFd::from(pack))).collect(),
+                },
+                read_only: true,
+                rate_limit: None,
+            });
+        }
+        disks.push(DiskSpec {
+            serial: "scratch".into(),
+            source: DiskSource::Scratch {
+                bytes: plan.scratch_bytes,
+            },
+            read_only: false,
+            rate_limit: None,
+        });
+        let spec = SandboxSpec {
+            id: plan.id,
+            vcpus: plan.vcpus,
+            memory_bytes: plan.memory_bytes,
+            disks,
+            net: Some(NetSpec::default()),
+            identity: sandbox::Identity {
+                hostname: plan.identity.hostname,
+                dns: plan.identity.dns.unwrap_or_default(),
+                aliases: plan.identity.host_aliases,
+                sysctls: plan.identity.sysctls,
+            },
+        };
+        let sandbox = self
+            .manager
+            .launch(spec, &timeline)
+            .await
+            .map_err(|error| SandboxError(chain(&error)))?;
+        Ok(Arc::new(MicroVm {
+            sandbox,
+            _images: guards,
+        }))
+    }
+
+    async fn take_over(&self, id: &str) -> Result<TakeOver, SandboxError> {
+        match self
+            .manager
+            .take_over(id)
+            .await
+            .map_err(|error| SandboxError(chain(&error)))?
+        {
+            TakenOver::Running(sandbox) => Ok(TakeOver::Running(Arc::new(MicroVm {
+                sandbox,
+                _images: Vec::new(),
+            }))),
+            TakenOver::Ended(exited) => Ok(TakeOver::Ended(exit(exited))),
+        }
+    }
+
+    async fn end_unknown(&self, known: &HashSet<String>) -> Result<(), SandboxError> {
+        self.manager.end_unknown(known).await;
+        Ok(())
+    }
+}
+
+#[async_trait]
+impl Sandbox for MicroVm {
+    fn guest(&self) -> GuestClient<Channel> {
+        self.sandbox.guest()
+    }
+
+    fn addresses(&self) -> Vec<String> {
+        self.sandbox.addresses().iter().map(ToString::to_string).collect()
+    }
+
+    async fn exited(&self) -> SandboxExit {
+        exit(self.sandbox.wait().await)
+    }
+
+    async fn kill(&self) {
+        self.sandbox.kill();
+    }
+}
+
+fn exit(exited: Exited) -> SandboxExit {
+    SandboxExit {
+        reason: exited.reason,
+        detail: exited.detail,
+    }
+}
