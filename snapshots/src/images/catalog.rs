@@ -54,11 +54,11 @@ impl Catalog {
         let images = catalog.digests()?;
         catalog.delete_stray_tables(&images)?;
         for digest in images {
-            if !catalog.table_is_good(digest)? {
-                if let Err(error) = catalog.make_table_again(digest) {
-                    tracing::error!(%error, image = %digest, "dropping an image whose chunks are not all there; pull it again");
-                    catalog.forget(digest)?;
-                }
+            if !catalog.table_is_good(digest)?
+                && let Err(error) = catalog.make_table_again(digest)
+            {
+                tracing::error!(%error, image = %digest, "dropping an image whose chunks are not all there; pull it again");
+                catalog.forget(digest)?;
             }
         }
         catalog.sweep(false)?;
@@ -183,11 +183,13 @@ impl Catalog {
         Ok(())
     }
 
-    /// Makes an image visible, all of whose chunks are committed, or gives it another name if it is here.
+    /// Makes an image visible, all of whose chunks are committed. Its layers, in the order of `image.layers`, are kept with
+    /// it: a sweep that began before this work did may just have dropped some.
     pub(crate) fn publish(
         &self,
         mut image: Image,
         device: &DeviceImage,
+        layers: &[LayerIndex],
         names: &[String],
     ) -> Result<Image, ImageError> {
         let _still = self.places.read().unwrap_or_else(PoisonError::into_inner);
@@ -200,6 +202,13 @@ impl Catalog {
         self.chunks.index().write("adding an image", |txn| {
             txn.open_table(IMAGES)?.insert(key.as_str(), record.as_slice())?;
             txn.open_table(IMAGE_CHUNKS)?.insert(key.as_str(), chunks.as_slice())?;
+            let mut kept = txn.open_table(LAYERS)?;
+            for (diff_id, layer) in image.layers.iter().zip(layers) {
+                let diff_id = diff_id.to_string();
+                if kept.get(diff_id.as_str())?.is_none() {
+                    kept.insert(diff_id.as_str(), layer.encode().as_slice())?;
+                }
+            }
             let mut references = txn.open_table(REFERENCES)?;
             for name in names {
                 references.insert(name.as_str(), key.as_str())?;

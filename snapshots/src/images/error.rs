@@ -28,7 +28,7 @@ pub enum ImageError {
         layer: Digest,
         /// What is wrong.
         #[source]
-        source: LayerError,
+        source: Box<LayerError>,
     },
     /// The layers do not make a file tree.
     #[error("the layers of {image} do not make a file tree: {reason}")]
@@ -162,28 +162,30 @@ impl ImageError {
     pub fn kind(&self) -> ErrorKind {
         match self {
             Self::Reference(_) | Self::Import { .. } => ErrorKind::Invalid,
-            Self::Registry(error)
-            | Self::Layer {
-                source: LayerError::Registry(error),
-                ..
-            } => registry_kind(error),
-            Self::Store(error)
-            | Self::Layer {
-                source: LayerError::Store(error),
-                ..
-            } => {
-                if error.is_disk_full() {
-                    ErrorKind::DiskFull
-                } else {
-                    ErrorKind::Internal
-                }
-            }
-            Self::Layer { .. } | Self::Assemble { .. } => ErrorKind::BadImage,
+            Self::Registry(error) => registry_kind(error),
+            Self::Store(error) => store_kind(error),
+            Self::Layer { source, .. } => match &**source {
+                LayerError::Registry(error) => registry_kind(error),
+                LayerError::Store(error) => store_kind(error),
+                LayerError::Altered { .. }
+                | LayerError::Length { .. }
+                | LayerError::DiffId { .. }
+                | LayerError::Tar(_) => ErrorKind::BadImage,
+            },
+            Self::Assemble { .. } => ErrorKind::BadImage,
             Self::Table { .. } | Self::Record { .. } | Self::Worker(_) => ErrorKind::Internal,
             Self::Deadline { .. } => ErrorKind::Deadline,
             Self::NotHere { .. } => ErrorKind::NotFound,
             Self::InUse { .. } => ErrorKind::InUse,
         }
+    }
+}
+
+fn store_kind(error: &StoreError) -> ErrorKind {
+    if error.is_disk_full() {
+        ErrorKind::DiskFull
+    } else {
+        ErrorKind::Internal
     }
 }
 

@@ -1,6 +1,6 @@
 //! From a reference or a file to a published image.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::SystemTime;
 
@@ -98,9 +98,9 @@ pub(crate) async fn import(
     carry_out(inner, plan, progress).await
 }
 
-fn open_archive(path: &PathBuf, limits: &crate::registry::Limits) -> Result<Archive, ImageError> {
+fn open_archive(path: &Path, limits: &crate::registry::Limits) -> Result<Archive, ImageError> {
     Archive::open(path, limits).map_err(|error| ImageError::Import {
-        path: path.clone(),
+        path: path.to_path_buf(),
         reason: error.to_string(),
     })
 }
@@ -214,7 +214,7 @@ impl Job {
             source += 1;
             match self.fetch_from_source(stream, blob).await {
                 Err(ImageError::Layer { source: error, .. })
-                    if source < pull.sources() && !matches!(error, LayerError::Store(_)) =>
+                    if source < pull.sources() && !matches!(*error, LayerError::Store(_)) =>
                 {
                     tracing::warn!(%error, image = self.image, layer = %blob.digest, "trying the next source for a layer");
                 }
@@ -263,7 +263,7 @@ impl Job {
         ImageError::Layer {
             image: self.image.clone(),
             layer,
-            source,
+            source: Box::new(source),
         }
     }
 }
@@ -289,6 +289,6 @@ fn publish(inner: &Arc<Inner>, plan: Plan, layers: &[LayerIndex], session: &Sess
     };
     inner
         .catalog
-        .publish(image, &device, &plan.names)
+        .publish(image, &device, layers, &plan.names)
         .map(|image| inner.with_use(image))
 }

@@ -120,10 +120,10 @@ impl ImageStore {
         let key = Key::Pull(reference.to_string(), request.credentials.clone(), request.policy);
         let inner = Arc::clone(&self.inner);
         Ok(self.inner.flights.join(key, move |progress| async move {
-            if request.policy == PullPolicy::IfNotPresent {
-                if let Some(image) = inner.get(reference.to_string()).await? {
-                    return Ok(image);
-                }
+            if request.policy == PullPolicy::IfNotPresent
+                && let Some(image) = inner.get(reference.to_string()).await?
+            {
+                return Ok(image);
             }
             let deadline = inner.registry.config().timeouts.deadline;
             let work = fetch::pull(&inner, &reference, request.credentials, &progress);

@@ -46,7 +46,7 @@ impl Files {
                 }
                 // docker save of old writes a layer that two images share as a link to the other one's.
                 kind if kind.is_symlink() || kind.is_hard_link() => {
-                    links.extend(entry.link_name()?.map(|to| (name, to.into_owned(), kind.is_symlink())))
+                    links.extend(entry.link_name()?.map(|to| (name, to.into_owned(), kind.is_symlink())));
                 }
                 _ => {}
             }

@@ -26,9 +26,11 @@ const MAGIC: &[u8; 8] = b"FLNTPACK";
 const VERSION: u32 = 1;
 const RECORD_MAGIC: &[u8; 4] = b"FREC";
 /// Bytes before the first record.
-pub(crate) const HEADER_LEN: u64 = 16;
+pub(crate) const HEADER_LEN: u64 = HEADER as u64;
+const HEADER: usize = 16;
 /// Bytes before a record's stored bytes.
-pub(crate) const RECORD_HEADER_LEN: u64 = 48;
+pub(crate) const RECORD_HEADER_LEN: u64 = RECORD_HEADER as u64;
+const RECORD_HEADER: usize = 48;
 
 /// A pack file, open.
 #[derive(Debug)]
@@ -66,7 +68,7 @@ impl Pack {
             .truncate(true)
             .open(&path);
         let file = file.map_err(StoreError::io("creating", &path))?;
-        let mut header = [0; HEADER_LEN as usize];
+        let mut header = [0; HEADER];
         header[..8].copy_from_slice(MAGIC);
         header[8..12].copy_from_slice(&VERSION.to_le_bytes());
         header[12..].copy_from_slice(&id.0.to_le_bytes());
@@ -105,7 +107,7 @@ impl Pack {
             .open(&path)
             .map_err(StoreError::io("opening", &path))?;
         let len = file.metadata().map_err(StoreError::io("examining", &path))?.len();
-        let mut header = [0; HEADER_LEN as usize];
+        let mut header = [0; HEADER];
         let read = file.read_exact_at(&mut header, 0);
         let good = read.is_ok() && header[..8] == *MAGIC && header[8..12] == VERSION.to_le_bytes();
         if !good || header[12..] != id.0.to_le_bytes() {
@@ -137,7 +139,7 @@ impl Pack {
     pub(crate) fn append(&self, id: ChunkId, raw_len: u32, stored: &[u8]) -> Result<PackLocation, StoreError> {
         let start = self.len();
         let stored_len = u32::try_from(stored.len()).map_err(|_| StoreError::Length(stored.len()))?;
-        let mut record = Vec::with_capacity(RECORD_HEADER_LEN as usize + stored.len());
+        let mut record = Vec::with_capacity(RECORD_HEADER + stored.len());
         record.extend_from_slice(RECORD_MAGIC);
         record.extend_from_slice(&stored_len.to_le_bytes());
         record.extend_from_slice(&raw_len.to_le_bytes());
@@ -214,7 +216,7 @@ impl Pack {
     }
 
     fn record_at(&self, at: u64, len: u64) -> Option<(ChunkId, PackLocation)> {
-        let mut header = [0; RECORD_HEADER_LEN as usize];
+        let mut header = [0; RECORD_HEADER];
         self.file.read_exact_at(&mut header, at).ok()?;
         let (fields, id) = header.split_first_chunk::<16>()?;
         let [magic, stored, raw, zero] = [&fields[..4], &fields[4..8], &fields[8..12], &fields[12..]];

@@ -72,9 +72,9 @@ fn threads_that_put_the_same_store_it_once() {
             scope.spawn({
                 let chunks = &chunks;
                 move || {
-                    chunks
-                        .iter()
-                        .for_each(|chunk| assert_eq!(sink.put(chunk).unwrap(), ChunkId::of(chunk)))
+                    for chunk in chunks {
+                        assert_eq!(sink.put(chunk).unwrap(), ChunkId::of(chunk));
+                    }
                 }
             });
         }

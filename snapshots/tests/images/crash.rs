@@ -56,7 +56,7 @@ async fn killed_in_the_middle_of_a_pull_the_store_opens_and_pulls() {
     child.wait().unwrap();
 
     let store = open(&path).await;
-    assert_eq!(store.list().await.unwrap(), [kept.clone()]);
+    assert_eq!(store.list().await.unwrap(), std::slice::from_ref(&kept));
     assert_serves(&store, &kept, b"was here before").await;
     let pulled = pull(&store, &direct).await.unwrap();
     assert_serves(&store, &pulled, &noise(3_000_000, 10)[..4096]).await;
@@ -100,7 +100,7 @@ async fn a_full_disk_is_told_and_the_store_stays_usable() {
         "{}",
         text(&*error)
     );
-    assert_eq!(store.list().await.unwrap(), [small.clone()]);
+    assert_eq!(store.list().await.unwrap(), std::slice::from_ref(&small));
     assert_serves(&store, &small, &noise(100_000, 11)[..4096]).await;
 
     let medium = registry.push(&simple(&dir.path().join("3"), &noise(5_000_000, 13)), "t/medium:1");

@@ -33,7 +33,7 @@ async fn layers_of_every_compression_are_pulled_and_served() {
 
     let pulled = work.finish().await.unwrap();
     assert_eq!(pulled.digest, image.digest);
-    assert_eq!(pulled.references, [reference.clone()]);
+    assert_eq!(pulled.references, std::slice::from_ref(&reference));
     assert_eq!(
         (pulled.config.entrypoint.as_slice(), pulled.config.cmd.as_slice()),
         (&["/bin/app".to_owned()][..], &["--help".to_owned()][..])
@@ -194,7 +194,7 @@ async fn a_store_opened_again_has_its_images() {
     assert!(text(&error).contains("in use by process"), "{}", text(&error));
     drop(store);
     let store = open(&dir.path().join("store")).await;
-    assert_eq!(store.list().await.unwrap(), [pulled.clone()]);
+    assert_eq!(store.list().await.unwrap(), std::slice::from_ref(&pulled));
     assert_serves(&store, &pulled, b"kept").await;
 }
 
