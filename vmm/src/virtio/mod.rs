@@ -11,7 +11,7 @@
 //! - [`mmio`]: registers, status machine, feature negotiation: all that is the same for every device.
 //! - [`worker`]: the thread that owns a [`device::Device`]; its commands are activate, reset, bind, pause, resume, save.
 //! - [`queue`] and [`chain`]: rings and descriptors. Descriptors are read once, into owned values, and checked there.
-//! - [`block`], [`vsock`], [`rng`]: the devices; each has the same parts in the same order: config space, state,
+//! - [`block`], [`net`], [`vsock`], [`rng`]: the devices; each has the same parts in the same order: config space, state,
 //!   activate, process, save and restore.
 //!
 //! What a guest writes is hostile. A malformed chain is handed back unused and counted; a malformed ring stops the
@@ -22,6 +22,7 @@ pub mod chain;
 pub mod core;
 pub mod device;
 pub mod mmio;
+pub mod net;
 pub mod queue;
 pub mod rate_limit;
 pub mod rng;

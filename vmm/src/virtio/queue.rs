@@ -12,6 +12,7 @@
 use std::sync::Arc;
 
 use virtio_queue::{Queue, QueueOwnedT, QueueState, QueueT};
+use vm_memory::{Bytes, GuestAddress};
 
 use super::chain::Chain;
 use super::core::{Core, raise};
@@ -28,7 +29,12 @@ pub struct VirtQueue {
     /// Chains that may still be taken in this round, so that no guest keeps its device's thread from its other work.
     budget: u16,
     held_back: bool,
+    interrupt_owed: bool,
 }
+
+/// Flags and index of the used ring, and the size of an element (virtio 1.3, 2.7.8).
+const USED_HEADER_BYTES: u64 = 4;
+const USED_ELEMENT_BYTES: u64 = 8;
 
 impl VirtQueue {
     /// Checks a queue's set-up against guest memory.
@@ -48,6 +54,7 @@ impl VirtQueue {
             core,
             budget: 0,
             held_back: false,
+            interrupt_owed: false,
         })
     }
 
@@ -99,6 +106,48 @@ impl VirtQueue {
         self.queue.add_used(&*self.memory, head, len).map_err(self.error())
     }
 
+    /// As [`Self::push`] for several chains of (head, length) that the driver is to see at once: merged receive buffers
+    /// (virtio 1.3, 5.1.6.4) are useless to it before the last is there.
+    ///
+    /// # Errors
+    /// When a head is no index of a descriptor.
+    pub fn push_together(&mut self, used: &[(u16, u32)]) -> Result<(), DeviceError> {
+        let Some((&(last, last_len), before)) = used.split_last() else {
+            return Ok(());
+        };
+        // Elements beyond the used index are not the driver's yet; the last one's `push` moves the index over them all.
+        for &(head, len) in before {
+            let slot = self.queue.next_used();
+            let at = self.queue.used_ring() + USED_HEADER_BYTES + u64::from(slot % self.queue.size()) * USED_ELEMENT_BYTES;
+            let element = (u64::from(len) << 32 | u64::from(head)).to_le_bytes();
+            self.memory.write_slice(&element, GuestAddress(at))?;
+            self.queue.set_next_used(slot.wrapping_add(1));
+            // The queue counts only what it pushed itself, so it may not see that the driver's mark was passed.
+            self.interrupt_owed = true;
+        }
+        self.push(last, last_len)
+    }
+
+    /// Puts the `count` chains that were taken last back into the available ring.
+    pub fn give_back(&mut self, count: usize) {
+        for _ in 0..count {
+            self.undo();
+        }
+    }
+
+    /// As [`Self::give_back`], for one who needs more chains than there are: the driver is asked to notify when it adds any.
+    ///
+    /// # Errors
+    /// When the ring is broken.
+    pub fn wait_for_more(&mut self, count: usize) -> Result<(), DeviceError> {
+        // The driver's mark is set behind the chains that go back, or it would count these as what is waited for.
+        if self.budget == 0 || self.want_buffers()? {
+            raise(&self.core.notify()[self.index]);
+        }
+        self.give_back(count);
+        Ok(())
+    }
+
     /// Ends a round of processing.
     pub fn end(&mut self) -> Result<(), DeviceError> {
         // What was held back is taken up again when there is room, not when the driver adds more.
@@ -118,7 +167,8 @@ impl VirtQueue {
 
     /// Interrupts the driver if it wants to hear of what was pushed since the last time.
     pub fn signal(&mut self) -> Result<(), DeviceError> {
-        if self.queue.needs_notification(&*self.memory).map_err(self.error())? {
+        let due = self.queue.needs_notification(&*self.memory).map_err(self.error())?;
+        if due || std::mem::take(&mut self.interrupt_owed) {
             self.core.interrupt.used_buffers();
         }
         Ok(())
@@ -127,6 +177,11 @@ impl VirtQueue {
     /// Where the queue stands.
     pub fn state(&self) -> QueueState {
         self.queue.state()
+    }
+
+    /// How many chains the queue holds.
+    pub fn size(&self) -> u16 {
+        self.queue.size()
     }
 
     /// Which of the device's queues this is.
