@@ -116,7 +116,7 @@ fn run(arguments: &Arguments, listener: OwnedFd, born: Instant) -> Result<Option
         }
     };
     let exit = ExitLatch::new().map_err(host("making the exit latch"))?;
-    let (_dialer, dials) = dial::channel().map_err(host("making the dial channel"))?;
+    let (dialer, dials) = dial::channel().map_err(host("making the dial channel"))?;
     install_kick().map_err(host("installing the kick signal"))?;
     let confine = match ready {
         None => Confine::off(),
@@ -128,7 +128,7 @@ fn run(arguments: &Arguments, listener: OwnedFd, born: Instant) -> Result<Option
     };
     let server = Server::new(listener, exit.clone(), dials, confine.clone(), born)
         .map_err(host("serving the control socket"))?;
-    Ok(Some(server.serve(Shell::new(kvm, exit, confine))))
+    Ok(Some(server.serve(Shell::new(kvm, exit, confine, dialer))))
 }
 
 /// Leaves the last word in the exit file, and the process.

@@ -4,19 +4,22 @@ use std::error::Error as StdError;
 use std::fmt::Write;
 use std::fs::File;
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::net::UnixListener;
 
 use flint_api::vmm::error::Code;
 use flint_api::vmm::request::Command;
 use flint_api::vmm::state::Phase as WirePhase;
-use flint_api::vmm::{self, BindDisk, CreateMachine, LoadKernel, bind_disk};
+use flint_api::vmm::{self, BindDisk, BindNet, CreateMachine, LoadKernel, bind_disk};
 use flint_snapshots::device::ImageDevice;
+use nix::sys::socket::{UnixAddr, getsockname, getsockopt, sockopt};
 
 use crate::boot;
 use crate::machine::config::Config;
 use crate::machine::{self, Created, Machine, Paused, Running, Shell};
 use crate::virtio::DeviceError;
 use crate::virtio::block::{BlockResource, ImageSource};
+use crate::virtio::net::{NetResource, Tap};
 use crate::virtio::rate_limit::RateLimit;
 
 /// The machine in the phase that it is in.
@@ -111,8 +114,8 @@ impl Phase {
             Command::CreateMachine(message) => self.create(message),
             Command::LoadKernel(message) => self.load_kernel(&message, fds),
             Command::BindDisk(message) => self.bind(|machine| bind_disk(machine, &message, fds)),
-            Command::BindNet(_) => self.bind(|_| Err(Failure::invalid("the machine has no net slot"))),
-            Command::BindVsock(_) => self.bind(|_| Err(Failure::invalid("the machine has no vsock device"))),
+            Command::BindNet(message) => self.bind(|machine| fds.only(|fd| bind_net(machine, &message, fd))),
+            Command::BindVsock(_) => self.bind(|machine| fds.only(|fd| bind_vsock(machine, fd))),
             Command::BindSerial(_) => self.bind(|machine| fds.only(|fd| Ok(machine.bind_serial(fd)?))),
             Command::Start(_) => self.start(),
             Command::Pause(_) => self.pause(),
@@ -293,6 +296,27 @@ fn bind_disk(machine: &Machine, message: &BindDisk, fds: Fds) -> Result<(), Fail
     };
     let disk = disk.map_err(|error| Failure::of(Code::Resource, &error))?;
     Ok(machine.bind_disk(message.slot, disk)?)
+}
+
+fn bind_net(machine: &Machine, message: &BindNet, fd: OwnedFd) -> Result<(), Failure> {
+    let net = NetResource {
+        tap: Tap::from_fd(fd).map_err(|error| Failure::of(Code::Resource, &error))?,
+        rx_limit: message.rx_limit.map(rate_limit).unwrap_or_default(),
+        tx_limit: message.tx_limit.map(rate_limit).unwrap_or_default(),
+    };
+    Ok(machine.bind_net(message.slot, net)?)
+}
+
+fn bind_vsock(machine: &Machine, fd: OwnedFd) -> Result<(), Failure> {
+    let listening = getsockopt(&fd, sockopt::AcceptConn).unwrap_or(false);
+    let address = getsockname::<UnixAddr>(fd.as_raw_fd());
+    if !listening || address.is_err() {
+        return Err(Failure {
+            code: Code::Resource,
+            message: "binding the vsock device: the descriptor is no listening unix socket".to_owned(),
+        });
+    }
+    Ok(machine.bind_vsock(UnixListener::from(fd))?)
 }
 
 /// An image from the chunk store as a disk's contents.

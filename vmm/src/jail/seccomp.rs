@@ -117,7 +117,7 @@ const SETUP: &[c_long] = &[
 ];
 
 const BLOCK: &[c_long] = &[libc::SYS_io_uring_enter, libc::SYS_timerfd_settime, libc::SYS_pread64];
-const NET: &[c_long] = &[libc::SYS_readv, libc::SYS_timerfd_settime];
+const NET: &[c_long] = &[libc::SYS_timerfd_settime];
 const VSOCK: &[c_long] = &[
     libc::SYS_accept4,
     libc::SYS_fcntl,
@@ -130,7 +130,7 @@ const VSOCK: &[c_long] = &[
     libc::SYS_shutdown,
     libc::SYS_socketpair,
 ];
-const RNG: &[c_long] = &[];
+const RNG: &[c_long] = &[libc::SYS_timerfd_settime];
 
 /// Request numbers of KVM's ioctls without size and direction (linux/kvm.h): those of the making of a machine.
 const KVM_SETUP: &[u64] = &[
@@ -173,6 +173,9 @@ const KVM_VCPU: &[u64] = &[
 /// What the control thread asks of disks and taps: BLKGETSIZE64, BLKSSZGET, TUNGETIFF, TUNGETFEATURES, TUNSETOFFLOAD,
 /// TUNSETVNETHDRSZ, FIONBIO.
 const BINDING: &[u64] = &[0x1272, 0x1268, 0x54d2, 0x54cf, 0x54d0, 0x54d8, 0x5421];
+
+/// TUNSETOFFLOAD.
+const OFFLOADING: &[u64] = &[0x54d0];
 
 /// FIONBIO.
 const NONBLOCKING: &[u64] = &[0x5421];
@@ -250,7 +253,10 @@ fn add(rules: &mut Rules, kind: Kind) -> Result<(), BackendError> {
         }
         Kind::Vcpu => ioctls(rules, KVM_VCPU)?,
         Kind::Device(ThreadKind::Block) => allow(rules, BLOCK),
-        Kind::Device(ThreadKind::Net) => allow(rules, NET),
+        Kind::Device(ThreadKind::Net) => {
+            allow(rules, NET);
+            ioctls(rules, OFFLOADING)?;
+        }
         Kind::Device(ThreadKind::Vsock) => {
             allow(rules, VSOCK);
             ioctls(rules, NONBLOCKING)?;

@@ -16,6 +16,7 @@ pub mod devices;
 
 use std::io;
 use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixListener;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use kvm_bindings::kvm_userspace_memory_region;
@@ -29,6 +30,7 @@ use self::devices::{AnyDevice, Builder, Slot};
 use crate::acpi::{self, VirtioWindow};
 use crate::boot::{self, Entry};
 use crate::bus::{self, Bus};
+use crate::dial::Dialer;
 use crate::exit::ExitLatch;
 use crate::jail::Confine;
 use crate::memory::{self, Anonymous, GuestMemory, MemorySource};
@@ -37,8 +39,20 @@ use crate::ports::power::{ACPI_SIZE, AcpiRegisters, I8042_SIZE, I8042Reset, PvPa
 use crate::ports::serial::{self, Serial};
 use crate::vcpu;
 use crate::vcpu::thread::{Context, Vcpu};
-use crate::virtio::DeviceError;
 use crate::virtio::block::{Block, BlockResource, BlockSlot};
+use crate::virtio::net::{Net, NetResource, NetSlot};
+use crate::virtio::rate_limit::RateLimit;
+use crate::virtio::rng::Rng;
+use crate::virtio::vsock::{Vsock, VsockResource};
+use crate::virtio::{Device, DeviceError};
+
+/// What a guest may draw from the host's generator: enough for any seeding, too little to keep the host busy.
+const ENTROPY: RateLimit = RateLimit {
+    bytes_per_second: 64 << 10,
+    operations_per_second: 0,
+    burst_bytes: 0,
+    burst_operations: 0,
+};
 
 /// A machine that cannot be made, or a step that failed.
 #[derive(Debug, Error)]
@@ -71,7 +85,7 @@ pub enum Error {
     /// A slot that is not there.
     #[error("there is no {kind} slot {slot}: the machine has {count}")]
     NoSlot {
-        /// Disks or nets.
+        /// Disk, net or vsock.
         kind: &'static str,
         /// What was asked for.
         slot: u32,
@@ -116,6 +130,7 @@ pub struct Shell {
     kvm: Kvm,
     exit: ExitLatch,
     confine: Confine,
+    dialer: Dialer,
 }
 
 /// All parts are there; nothing has run.
@@ -137,8 +152,13 @@ pub struct Paused {
 impl Shell {
     /// A process that can make one machine.
     #[must_use]
-    pub fn new(kvm: Kvm, exit: ExitLatch, confine: Confine) -> Self {
-        Self { kvm, exit, confine }
+    pub fn new(kvm: Kvm, exit: ExitLatch, confine: Confine, dialer: Dialer) -> Self {
+        Self {
+            kvm,
+            exit,
+            confine,
+            dialer,
+        }
     }
 
     /// Makes VM, memory, vCPUs and devices.
@@ -236,6 +256,10 @@ pub struct Machine {
     // Dropped in this order: nothing runs before the memory goes.
     vcpus: Vec<Vcpu>,
     disks: Vec<Slot<Block>>,
+    nets: Vec<Slot<Net>>,
+    vsock: Option<Slot<Vsock>>,
+    rng: Option<Slot<Rng>>,
+    dialer: Dialer,
     serial: Arc<Mutex<Serial>>,
     windows: Vec<VirtioWindow>,
     memory: GuestMemory,
@@ -252,6 +276,10 @@ impl Machine {
         let hook = shell.confine.device_hook();
         let mut builder = Builder::new(&vm, &memory, &mut mmio, hook);
         let disks = add_disks(&mut builder, &config.disks)?;
+        let nets = add_nets(&mut builder, &config.nets)?;
+        let vsock = config.vsock.map(|cid| add(&mut builder, "vsock", Vsock::new(cid)));
+        let rng = config.rng.then(|| add(&mut builder, "rng", Rng::new(ENTROPY)));
+        let (vsock, rng) = (vsock.transpose()?, rng.transpose()?);
         let windows = builder.finish();
         let context = Context {
             ports: Arc::new(ports),
@@ -267,6 +295,10 @@ impl Machine {
         Ok(Self {
             vcpus,
             disks,
+            nets,
+            vsock,
+            rng,
+            dialer: shell.dialer.clone(),
             serial,
             windows,
             memory,
@@ -290,6 +322,23 @@ impl Machine {
         bind("disk", &self.disks, slot, disk)
     }
 
+    /// Puts a tap behind a slot.
+    ///
+    /// # Errors
+    /// There is no such slot, or it is bound already.
+    pub fn bind_net(&self, slot: u32, net: NetResource) -> Result<(), Error> {
+        bind("net", &self.nets, slot, net)
+    }
+
+    /// Gives the guest's vsock the socket where host programs connect. What the guest opens goes to the control connection.
+    ///
+    /// # Errors
+    /// There is no vsock device, or it is bound already.
+    pub fn bind_vsock(&self, listener: UnixListener) -> Result<(), Error> {
+        let dialer = Box::new(self.dialer.clone());
+        bind("vsock", self.vsock.as_slice(), 0, VsockResource { listener, dialer })
+    }
+
     /// Counts of what went wrong, by name.
     #[must_use]
     pub fn counters(&self) -> Vec<(String, u64)> {
@@ -303,7 +352,11 @@ impl Machine {
     }
 
     fn devices(&self) -> impl Iterator<Item = &dyn AnyDevice> {
-        self.disks.iter().map(|slot| slot as &dyn AnyDevice)
+        let disks = self.disks.iter().map(|slot| slot as &dyn AnyDevice);
+        disks
+            .chain(self.nets.iter().map(|slot| slot as &dyn AnyDevice))
+            .chain(self.vsock.iter().map(|slot| slot as &dyn AnyDevice))
+            .chain(self.rng.iter().map(|slot| slot as &dyn AnyDevice))
     }
 
     // `new` makes one vCPU for each number of a u8's range.
@@ -345,12 +398,7 @@ fn named(device: &dyn AnyDevice, source: DeviceError) -> Error {
     }
 }
 
-fn bind<D: crate::virtio::Device>(
-    kind: &'static str,
-    slots: &[Slot<D>],
-    slot: u32,
-    resource: D::Resource,
-) -> Result<(), Error> {
+fn bind<D: Device>(kind: &'static str, slots: &[Slot<D>], slot: u32, resource: D::Resource) -> Result<(), Error> {
     let found = usize::try_from(slot).ok().and_then(|index| slots.get(index));
     let Some(device) = found else {
         return Err(Error::NoSlot {
@@ -420,11 +468,21 @@ fn add_disks(builder: &mut Builder<'_>, disks: &[Disk]) -> Result<Vec<Slot<Block
                 read_only: disk.read_only,
                 queues: disk.queues,
             };
-            let device = Block::new(slot).map_err(|source| Error::Device {
-                name: name.clone(),
-                source,
-            })?;
-            Ok(builder.add(name, device)?)
+            add(builder, &name, Block::new(slot))
         })
         .collect()
+}
+
+fn add_nets(builder: &mut Builder<'_>, macs: &[[u8; 6]]) -> Result<Vec<Slot<Net>>, Error> {
+    let macs = macs.iter().enumerate();
+    macs.map(|(index, mac)| add(builder, &format!("net{index}"), Net::new(NetSlot { mac: *mac })))
+        .collect()
+}
+
+fn add<D: Device>(builder: &mut Builder<'_>, name: &str, device: Result<D, DeviceError>) -> Result<Slot<D>, Error> {
+    let device = device.map_err(|source| Error::Device {
+        name: name.to_owned(),
+        source,
+    })?;
+    Ok(builder.add(name.to_owned(), device)?)
 }

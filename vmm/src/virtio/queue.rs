@@ -118,7 +118,8 @@ impl VirtQueue {
         // Elements beyond the used index are not the driver's yet; the last one's `push` moves the index over them all.
         for &(head, len) in before {
             let slot = self.queue.next_used();
-            let at = self.queue.used_ring() + USED_HEADER_BYTES + u64::from(slot % self.queue.size()) * USED_ELEMENT_BYTES;
+            let at =
+                self.queue.used_ring() + USED_HEADER_BYTES + u64::from(slot % self.queue.size()) * USED_ELEMENT_BYTES;
             let element = (u64::from(len) << 32 | u64::from(head)).to_le_bytes();
             self.memory.write_slice(&element, GuestAddress(at))?;
             self.queue.set_next_used(slot.wrapping_add(1));

@@ -5,8 +5,8 @@
 
 use virtio_bindings::virtio_net as net;
 
-use super::header::{HEADER_BYTES, MAX_FRAME_BYTES, TO_GUEST, complete};
 use super::Bound;
+use super::header::{HEADER_BYTES, MAX_FRAME_BYTES, TO_GUEST, complete};
 use crate::memory::GuestMemory;
 use crate::virtio::chain::Chain;
 use crate::virtio::core::Core;

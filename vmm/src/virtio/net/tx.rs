@@ -95,7 +95,11 @@ impl Send<'_> {
         }
         bound.tx_paid = false;
         // The interface is down or gone, or the kernel does not believe the header: a network loses frames.
-        Ok(if sent.is_ok() { Sent::Done } else { self.dropped("tx_dropped") })
+        Ok(if sent.is_ok() {
+            Sent::Done
+        } else {
+            self.dropped("tx_dropped")
+        })
     }
 
     fn dropped(&self, counter: &'static str) -> Sent {
