@@ -1,5 +1,5 @@
 //! Linux guests: the kernel and initrd named by FLINT_TEST_KERNEL and FLINT_TEST_INITRD. They need a KVM that runs guests
-//! natively, which `hack/test system` provides; the feature `linux-guests` turns these tests on.
+//! natively, which `hack/test system` provides.
 //!
 //! The initrd's init prints "flint-test: cpus=N memory_kib=M" and then does what `flint_test=` on the command line says:
 //! poweroff, reboot or panic.
