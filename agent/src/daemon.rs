@@ -148,7 +148,7 @@ pub enum DaemonError {
     Store(#[from] StoreError),
     /// The image store.
     #[error("could not open the image store")]
-    Images(#[source] flint_snapshots::images::ImageError),
+    Images(#[source] Box<flint_snapshots::images::ImageError>),
     /// The sandboxes.
     #[error("could not make the host ready for sandboxes; `flint doctor` says more")]
     Sandboxes(#[from] SandboxError),
@@ -183,7 +183,7 @@ pub async fn run(options: Options) -> Result<JoinHandle<()>, DaemonError> {
     let store = Store::open(&options.state_dir.join("state.redb"))?;
     let loaded = store.load()?;
     let images = ImageStore::open(&options.state_dir.join("images"), ImageStoreOptions::default()).await;
-    let images = images.map_err(DaemonError::Images)?;
+    let images = images.map_err(|error| DaemonError::Images(Box::new(error)))?;
     let manager = Manager::new(sandboxes(&options)).await?;
     for warning in manager.warnings() {
         warn!("{warning}");
