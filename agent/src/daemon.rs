@@ -2,7 +2,7 @@
 
 use std::{
     fs::{self, DirBuilder, File},
-    io,
+    io::{self, Write as _},
     net::SocketAddr,
     os::unix::fs::DirBuilderExt as _,
     path::{Path, PathBuf},
@@ -248,6 +248,12 @@ fn lock(state: &Path) -> Result<Flock<File>, DaemonError> {
     Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|_| DaemonError::Running(state.to_owned()))
 }
 
+/// One line on standard output, for whoever started this and waits. Nobody has to read it.
+fn tell_ready(socket: &Path) {
+    let mut out = io::stdout().lock();
+    let _ = writeln!(out, "ready: {}", socket.display()).and_then(|()| out.flush());
+}
+
 /// Serves until TERM or INT.
 async fn serve(options: &Options, pods: &Arc<Pods>, routes: Routes, metrics: Arc<Metrics>) -> Result<(), DaemonError> {
     let failed = |error| DaemonError::Process("listen for signals", error);
@@ -299,6 +305,7 @@ async fn serve(options: &Options, pods: &Arc<Pods>, routes: Routes, metrics: Arc
         tokio::spawn(metrics.serve(listener));
         info!(%address, "serving metrics");
     }
+    tell_ready(&path);
     tokio::select! {
         _ = term.recv() => {}
         _ = interrupt.recv() => {}

@@ -24,6 +24,9 @@ FILES
   /run/flint/flintd.sock        the API for local tools
   /run/flint/sandboxes/<id>     what belongs to a running sandbox; serial.log has the guest's console
 
+OUTPUT
+  One line on standard output, \"ready: SOCKET\", when calls are answered. The log goes to standard error.
+
 EXIT STATUS
   0 after a stop by signal, 1 where flintd could not start or go on.
 

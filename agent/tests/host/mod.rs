@@ -218,8 +218,7 @@ impl Traces {
                 .into_iter()
                 .map(|(pid, _)| format!("process flint-vmm {pid}")),
         );
-        let interfaces =
-            names_in("/sys/class/net").filter(|name| name.starts_with("flint-") || name.starts_with("fl-"));
+        let interfaces = names_in("/sys/class/net").filter(|name| name.starts_with("flt"));
         traces.extend(interfaces.map(|name| format!("interface {name}")));
         traces.extend(
             names_in("/sys/fs/cgroup/flint")
