@@ -41,10 +41,8 @@ fn make_tap(flags: i32) -> OwnedFd {
     let tun = File::options().read(true).write(true).open("/dev/net/tun").unwrap();
     let request = ifreq(flags);
     // SAFETY: a valid ifreq.
-    assert_eq!(
-        unsafe { libc::ioctl(tun.as_raw_fd(), libc::TUNSETIFF, &raw const request) },
-        0
-    );
+    let made = unsafe { libc::ioctl(tun.as_raw_fd(), libc::TUNSETIFF, &raw const request) };
+    assert_eq!(made, 0);
     tun.into()
 }
 

@@ -5,8 +5,7 @@
 //! - A guest program connects to (CID 2, port): one end of a socket pair goes out by [`Dialer`]; if nobody takes it, the
 //!   guest gets a reset.
 //!
-//! Host memory is bounded: [`MAX_CONNECTIONS`] streams share [`BUFFER_BUDGET`] bytes, of which each is granted its part when
-//! it begins; a guest that sends more than granted is reset. Answers to packets for no connection are bounded too.
+//! Host memory is bounded: a few hundred streams ([`streams`]) share 2 MiB, of which each is granted its part when it begins; a guest that sends more than granted is reset. Answers to packets for no connection are bounded too.
 //!
 //! Streams are not saved. A restored device tells its driver by a transport reset event (5.10.6.7), which ends them.
 //!
@@ -15,10 +14,10 @@
 
 mod connection;
 mod packet;
+mod streams;
 #[cfg(test)]
 mod tests;
 
-use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -29,6 +28,7 @@ use vmm_sys_util::epoll::EventSet;
 
 use self::connection::{Caller, Connection};
 use self::packet::{HEADER_BYTES, HOST_CID, Header, Op, STREAM};
+use self::streams::{MAX_GRANT, Ports, Streams};
 use super::chain::Chain;
 use super::core::Core;
 use super::device::{Activation, Device, DeviceError, Guest, GuestState};
@@ -40,20 +40,10 @@ const RECEIVE: usize = 0;
 const TRANSMIT: usize = 1;
 const EVENT: usize = 2;
 
-/// Streams and callers at once.
-const MAX_CONNECTIONS: usize = 256;
-/// Buffer space for all streams.
-const BUFFER_BUDGET: u32 = 2 << 20;
-/// The least that a stream is granted, and the most.
-const MIN_GRANT: u32 = 4 << 10;
-const MAX_GRANT: u32 = 64 << 10;
 /// Resets that wait for room in the receive queue, beyond which a guest that asks for them gets none.
 const MAX_RESETS: usize = 64;
-/// Host ports are given from here on; what is below is for listeners that people name.
-const FIRST_HOST_PORT: u32 = 1 << 30;
 
 const TOKEN_LISTENER: u64 = DEVICE_TOKENS;
-const FIRST_SOCKET_TOKEN: u64 = DEVICE_TOKENS + 1;
 
 /// The host's end of a stream that the guest opened towards a port of the host.
 #[derive(Debug)]
@@ -81,9 +71,6 @@ pub struct VsockResource {
     pub dialer: Box<dyn Dialer>,
 }
 
-/// Which stream: host port, guest port.
-type Ports = (u32, u32);
-
 // ---- state
 
 /// A vsock device.
@@ -94,21 +81,6 @@ pub struct Vsock {
     guest: Option<Guest>,
     streams: Streams,
     announce_reset: bool,
-}
-
-/// All that goes with one driver; a reset forgets it.
-#[derive(Default)]
-struct Streams {
-    connections: BTreeMap<Ports, (u64, Connection)>,
-    callers: HashMap<u64, Caller>,
-    by_token: HashMap<u64, Ports>,
-    /// Streams that may have something for the guest, in turn. Each is in it at most once, but for ended ones.
-    ready: VecDeque<Ports>,
-    resets: VecDeque<Ports>,
-    granted: u32,
-    sockets: u64,
-    ports: u32,
-    scratch: Vec<u8>,
 }
 
 /// What is saved of a vsock device.
@@ -152,69 +124,6 @@ impl Vsock {
             streams,
             announce_reset: false,
         })
-    }
-}
-
-impl Streams {
-    fn is_full(&self) -> bool {
-        self.connections.len() + self.callers.len() >= MAX_CONNECTIONS
-    }
-
-    /// Buffer space for one more stream: a share of what is left when every further one gets the least.
-    fn grant(&self) -> u32 {
-        // There is room for at least this one.
-        let further = MAX_CONNECTIONS.saturating_sub(self.connections.len());
-        let reserved = MIN_GRANT.saturating_mul(u32::try_from(further).unwrap_or(u32::MAX));
-        let left = BUFFER_BUDGET.saturating_sub(self.granted).saturating_sub(reserved);
-        (left / 8).clamp(MIN_GRANT, MAX_GRANT)
-    }
-
-    fn next_token(&mut self) -> u64 {
-        // 2^64 sockets are never opened.
-        self.sockets += 1;
-        FIRST_SOCKET_TOKEN + self.sockets
-    }
-
-    fn free_port(&mut self, guest_port: u32) -> u32 {
-        loop {
-            let port = FIRST_HOST_PORT + self.ports;
-            self.ports = (self.ports + 1) % FIRST_HOST_PORT;
-            // There are more ports than connections.
-            if !self.connections.contains_key(&(port, guest_port)) {
-                return port;
-            }
-        }
-    }
-
-    fn insert(&mut self, ports: Ports, token: u64, connection: Connection) {
-        self.granted += connection.granted();
-        self.by_token.insert(token, ports);
-        self.connections.insert(ports, (token, connection));
-        self.ready.push_back(ports);
-    }
-
-    fn remove(&mut self, ports: Ports) {
-        if let Some((token, connection)) = self.connections.remove(&ports) {
-            self.granted -= connection.granted();
-            self.by_token.remove(&token);
-        }
-        self.ready.retain(|ready| *ready != ports);
-    }
-
-    /// After something happened to a stream.
-    fn settle(&mut self, ports: Ports) {
-        let Some((_, connection)) = self.connections.get(&ports) else {
-            return;
-        };
-        if connection.is_done() {
-            self.remove(ports);
-        } else if connection.has_news() && !self.ready.contains(&ports) {
-            self.ready.push_back(ports);
-        }
-    }
-
-    fn has_news(&self) -> bool {
-        !self.ready.is_empty() || !self.resets.is_empty()
     }
 }
 
@@ -412,41 +321,6 @@ impl Vsock {
     }
 }
 
-impl Streams {
-    /// The next packet for the guest; its payload is at the start of `scratch`.
-    fn next_packet(&mut self, guest_cid: u64, room: usize) -> Option<Header> {
-        let header = |ports: Ports, op, flags, len| Header {
-            source_cid: HOST_CID,
-            destination_cid: guest_cid,
-            source_port: ports.0,
-            destination_port: ports.1,
-            len,
-            kind: STREAM,
-            op: Some(op),
-            flags,
-            buffer_size: 0,
-            forwarded: 0,
-        };
-        if let Some(ports) = self.resets.pop_front() {
-            return Some(header(ports, Op::Reset, 0, 0));
-        }
-        let ports = self.ready.pop_front()?;
-        let (_, connection) = self.connections.get_mut(&ports)?;
-        if self.scratch.len() < room {
-            self.scratch.resize(room, 0);
-        }
-        let outgoing = connection.next(&mut self.scratch[..room]);
-        let packet = outgoing.map(|out| Header {
-            buffer_size: connection.granted(),
-            forwarded: connection.tell_forwarded(),
-            // At most `room`, which is at most MAX_GRANT.
-            ..header(ports, out.op, out.flags, u32::try_from(out.len).unwrap_or(0))
-        });
-        self.settle(ports);
-        packet
-    }
-}
-
 // ---- process: sockets
 
 impl Vsock {
@@ -602,12 +476,7 @@ impl Device for Vsock {
     fn reset(&mut self) {
         self.guest = None;
         self.announce_reset = false;
-        // Dropping the sockets takes them out of the epoll. Tokens go on, so that no late event meets a new socket.
-        let sockets = self.streams.sockets;
-        self.streams = Streams {
-            sockets,
-            ..Streams::default()
-        };
+        self.streams.clear();
     }
 
     fn save(&self) -> VsockState {

@@ -6,6 +6,7 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use vm_memory::{Bytes, GuestAddress};
 
 use super::packet::{NO_RECEIVE, NO_SEND};
+use super::streams::{BUFFER_BUDGET, MAX_CONNECTIONS, MIN_GRANT};
 use super::*;
 use crate::virtio::testing::{Numbers, TestQueue, WRITE, activation, memory};
 

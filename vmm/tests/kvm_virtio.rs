@@ -1,0 +1,407 @@
+//! Virtio devices of a whole, jailed VMM, driven by guests of a few instructions on the real /dev/kvm.
+//!
+//! ```text
+//! 0x100000  code     0x101000  IDT          0x102000  rings of queue 0     0x106000  rings of queue 1
+//! 0x100800  handler  0x101800  IDT pointer  (descriptors, available, used: a page each)
+//! 0x109000  what the device reads           0x10a000  what it writes       0x10b000  a block request's status
+//! ```
+#![allow(missing_docs, clippy::unwrap_used, clippy::expect_used)]
+
+mod common;
+
+use std::fs::{self, File};
+use std::io::Read;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::time::Duration;
+
+use common::{Vmm, file, guest, machine};
+use flint_api::vmm::request::Command;
+use flint_api::vmm::*;
+use nix::net::if_::if_nametoindex;
+use nix::sched::{CloneFlags, unshare};
+use nix::sys::socket::{
+    AddressFamily, LinkAddr, MsgFlags, SockFlag, SockProtocol, SockType, SockaddrLike, bind, recv, send, setsockopt,
+    socket, sockopt::ReceiveTimeout,
+};
+use nix::sys::time::TimeVal;
+
+const WINDOW: u32 = 0xd000_0000;
+const WINDOW_BYTES: u32 = 0x1000;
+/// Registers (virtio 1.3, 4.2.2).
+const MAGIC: u32 = 0x00;
+const VERSION: u32 = 0x04;
+const DEVICE_ID: u32 = 0x08;
+const DEVICE_FEATURES: u32 = 0x10;
+const DEVICE_FEATURES_SEL: u32 = 0x14;
+const DRIVER_FEATURES: u32 = 0x20;
+const DRIVER_FEATURES_SEL: u32 = 0x24;
+const QUEUE_SEL: u32 = 0x30;
+const QUEUE_SIZE_MAX: u32 = 0x34;
+const QUEUE_SIZE: u32 = 0x38;
+const QUEUE_READY: u32 = 0x44;
+const QUEUE_NOTIFY: u32 = 0x50;
+const INTERRUPT_STATUS: u32 = 0x60;
+const INTERRUPT_ACK: u32 = 0x64;
+const STATUS: u32 = 0x70;
+const QUEUE_DESC: u32 = 0x80;
+const QUEUE_DRIVER: u32 = 0x90;
+const QUEUE_DEVICE: u32 = 0xa0;
+const CONFIG: u32 = 0x100;
+
+const HANDLER: u32 = 0x10_0800;
+const IDT: u32 = 0x10_1000;
+const IDT_POINTER: u32 = 0x10_1800;
+const RINGS: [u32; 2] = [0x10_2000, 0x10_6000];
+const OUT: u32 = 0x10_9000;
+const IN: u32 = 0x10_a000;
+const BLOCK_STATUS: u32 = 0x10_b000;
+const END: u32 = 0x10_c000;
+/// Of the first device, see the machine's devices.
+const IRQ: u32 = 5;
+const VECTOR: u32 = 0x30;
+const END_OF_INTERRUPT: u32 = 0xfee0_00b0;
+
+const NEXT: u16 = 1;
+const WRITE: u16 = 2;
+
+// ---- what a guest is made of
+
+/// mov ebx, address; mov eax, [rbx]; then its four bytes go to the serial line, the lowest first.
+fn print_word(address: u32) -> Vec<u8> {
+    let mut code = vec![0xbb];
+    code.extend(address.to_le_bytes());
+    code.extend([0x8b, 0x03, 0x66, 0xba, 0xf8, 0x03, 0xee]);
+    for _ in 0..3 {
+        code.extend([0xc1, 0xe8, 0x08, 0xee]);
+    }
+    code
+}
+
+fn poweroff() -> Vec<u8> {
+    guest::out(0x601, 0x34)
+}
+
+/// Resets the first device, negotiates VERSION_1 alone, sets up `queues` queues of 8, and sets DRIVER_OK.
+fn drive(queues: u32) -> Vec<u8> {
+    let register = |register, value| guest::store(WINDOW + register, value);
+    let mut code = vec![];
+    for (at, value) in [
+        (STATUS, 0),
+        (STATUS, 1),
+        (STATUS, 3),
+        (DRIVER_FEATURES_SEL, 1),
+        (DRIVER_FEATURES, 1),
+        (STATUS, 11),
+    ] {
+        code.extend(register(at, value));
+    }
+    for (queue, rings) in (0..queues).zip(RINGS) {
+        for (at, value) in [
+            (QUEUE_SEL, queue),
+            (QUEUE_SIZE, 8),
+            (QUEUE_DESC, rings),
+            (QUEUE_DRIVER, rings + 0x1000),
+            (QUEUE_DEVICE, rings + 0x2000),
+            (QUEUE_READY, 1),
+        ] {
+            code.extend(register(at, value));
+        }
+    }
+    code.extend(register(STATUS, 15));
+    code
+}
+
+/// Local APIC on; the first device's pin to [`VECTOR`]; lidt; the queues' notifications; sti; hlt for ever.
+fn interrupts_and_notify(queues: u32) -> Vec<u8> {
+    const IOAPIC_SELECT: u32 = 0xfec0_0000;
+    const IOAPIC_DATA: u32 = 0xfec0_0010;
+    let mut code = vec![];
+    for (at, value) in [
+        (0xfee0_00f0, 0x1ff),
+        (IOAPIC_SELECT, 0x11 + 2 * IRQ),
+        (IOAPIC_DATA, 0),
+        (IOAPIC_SELECT, 0x10 + 2 * IRQ),
+        (IOAPIC_DATA, VECTOR),
+    ] {
+        code.extend(guest::store(at, value));
+    }
+    code.extend([0x0f, 0x01, 0x1c, 0x25]);
+    code.extend(IDT_POINTER.to_le_bytes());
+    for queue in 0..queues {
+        code.extend(guest::store(WINDOW + QUEUE_NOTIFY, queue));
+    }
+    code.extend([0xfb, 0xf4, 0xeb, 0xfd]);
+    code
+}
+
+/// An image of everything between the code and [`END`].
+struct Image(Vec<u8>);
+
+impl Image {
+    fn new(code: &[u8], handler: &[u8]) -> Self {
+        let mut image = Self(vec![0; (END - 0x10_0000) as usize]);
+        assert!(code.len() <= 0x800 && handler.len() <= 0x800);
+        image.put(0x10_0000, code);
+        image.put(HANDLER, handler);
+        // An interrupt gate (SDM volume 3, 7.14.1): selector 0x10 is the code segment of the entry.
+        let gate = u64::from(HANDLER & 0xffff) | 0x10 << 16 | 0x8e00 << 32 | u64::from(HANDLER >> 16) << 48;
+        image.put(IDT + VECTOR * 16, &gate.to_le_bytes());
+        image.put(IDT_POINTER, &0x7ffu16.to_le_bytes());
+        image.put(IDT_POINTER + 2, &IDT.to_le_bytes());
+        image
+    }
+
+    fn put(&mut self, address: u32, bytes: &[u8]) {
+        let at = (address - 0x10_0000) as usize;
+        self.0[at..at + bytes.len()].copy_from_slice(bytes);
+    }
+
+    /// Descriptors, of which `heads` begin chains that are available.
+    fn ring(&mut self, queue: usize, descriptors: &[(u32, u32, u16)], heads: &[u16]) {
+        let rings = RINGS[queue];
+        for ((index, address), (at, len, flags)) in (1u16..).zip((rings..).step_by(16)).zip(descriptors) {
+            self.put(address, &u64::from(*at).to_le_bytes());
+            self.put(address + 8, &len.to_le_bytes());
+            self.put(address + 12, &flags.to_le_bytes());
+            self.put(address + 14, &index.to_le_bytes());
+        }
+        self.put(rings + 0x1002, &u16::try_from(heads.len()).unwrap().to_le_bytes());
+        for (address, head) in (rings + 0x1004..).step_by(2).zip(heads) {
+            self.put(address, &head.to_le_bytes());
+        }
+    }
+}
+
+fn words<const N: usize>(serial: &mut UnixStream) -> [u32; N] {
+    serial.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
+    [(); N].map(|()| {
+        let mut bytes = [0; 4];
+        serial.read_exact(&mut bytes).unwrap();
+        u32::from_le_bytes(bytes)
+    })
+}
+
+fn disk_slot() -> DiskSlot {
+    DiskSlot {
+        serial: "scratch".into(),
+        ..Default::default()
+    }
+}
+
+fn net_slot() -> NetSlot {
+    NetSlot {
+        mac: vec![2, 0, 0, 0, 0, 1],
+    }
+}
+
+// ---- registers
+
+#[test]
+fn every_device_shows_itself_and_is_reset_by_its_registers() {
+    /// Queues and features below bit 32 that each must have, by device id (virtio 1.3, section 5).
+    const EXPECTED: [(u32, u32, u32); 4] = [
+        (2, 128, 1 << 9),                     // block: FLUSH
+        (1, 256, 1 << 5 | 1 << 15 | 1 << 16), // net: MAC, MRG_RXBUF, STATUS
+        (19, 128, 0),                         // vsock
+        (4, 16, 0),                           // entropy
+    ];
+    const INDIRECT_AND_EVENT_IDX: u32 = 1 << 28 | 1 << 29;
+    let mut code = vec![];
+    for device in 0..4 {
+        let base = WINDOW + device * WINDOW_BYTES;
+        let print = |register| print_word(base + register);
+        let store = |register, value| guest::store(base + register, value);
+        for part in [
+            print(MAGIC),
+            print(VERSION),
+            print(DEVICE_ID),
+            store(DEVICE_FEATURES_SEL, 0),
+            print(DEVICE_FEATURES),
+            store(DEVICE_FEATURES_SEL, 1),
+            print(DEVICE_FEATURES),
+            store(QUEUE_SEL, 0),
+            print(QUEUE_SIZE_MAX),
+            store(STATUS, 1),
+            store(STATUS, 3),
+            print(STATUS),
+            store(STATUS, 0),
+            print(STATUS),
+        ] {
+            code.extend(part);
+        }
+    }
+    code.extend(poweroff());
+    let (mut vmm, mut serial) = Vmm::with_machine(CreateMachine {
+        disks: vec![disk_slot()],
+        nets: vec![net_slot()],
+        vsock: Some(VsockSlot { guest_cid: 3 }),
+        rng: true,
+        ..machine(1, 16 << 20)
+    });
+    vmm.load(&guest::elf(&code));
+    vmm.ok(Command::Start(Start {}), &[]);
+    for (device_id, queue_size, features) in EXPECTED {
+        let [magic, version, id, low, high, size, driver, reset] = words(&mut serial);
+        assert_eq!((magic, version, id), (0x7472_6976, 2, device_id));
+        assert_eq!(low & features, features, "device {id}: {low:#x}");
+        assert_eq!(
+            low & INDIRECT_AND_EVENT_IDX,
+            INDIRECT_AND_EVENT_IDX,
+            "device {id}: {low:#x}"
+        );
+        assert_eq!(high & 1, 1, "device {id} lacks VERSION_1");
+        assert_eq!((size, driver, reset), (queue_size, 3, 0), "device {id}");
+    }
+    assert_eq!(vmm.end().reason(), ExitReason::Poweroff);
+}
+
+// ---- block
+
+#[test]
+fn a_block_is_read_through_the_ring_and_announced_by_an_interrupt() {
+    let code = [drive(1), interrupts_and_notify(1)].concat();
+    let handler = [
+        print_word(WINDOW + INTERRUPT_STATUS),
+        guest::store(WINDOW + INTERRUPT_ACK, 1),
+        guest::store(END_OF_INTERRUPT, 0),
+        print_word(WINDOW + INTERRUPT_STATUS),
+        print_word(RINGS[0] + 0x2000),
+        print_word(RINGS[0] + 0x2004),
+        print_word(RINGS[0] + 0x2008),
+        print_word(BLOCK_STATUS),
+        print_word(IN + 508),
+        poweroff(),
+    ];
+    let mut image = Image::new(&code, &handler.concat());
+    // struct virtio_blk_req: IN, sector 1 (virtio 1.3, 5.2.6).
+    image.put(OUT + 8, &1u64.to_le_bytes());
+    image.put(BLOCK_STATUS, &[0xff; 4]);
+    image.ring(
+        0,
+        &[(OUT, 16, NEXT), (IN, 512, NEXT | WRITE), (BLOCK_STATUS, 1, WRITE)],
+        &[0],
+    );
+    let mut disk = vec![0x11; 1024];
+    disk[1020..].copy_from_slice(b"last");
+
+    let (mut vmm, mut serial) = Vmm::with_machine(CreateMachine {
+        disks: vec![disk_slot()],
+        ..machine(1, 16 << 20)
+    });
+    let bind = BindDisk {
+        slot: 0,
+        source: Some(bind_disk::Source::RawFile(RawFile { direct: false })),
+        rate_limit: None,
+    };
+    vmm.ok(Command::BindDisk(bind), &[file(&disk).as_fd()]);
+    vmm.load(&guest::elf(&image.0));
+    vmm.ok(Command::Start(Start {}), &[]);
+    let [interrupt, acknowledged, used, head, len, status, data] = words(&mut serial);
+    assert_eq!((interrupt, acknowledged), (1, 0));
+    assert_eq!((used >> 16, head, len), (1, 0, 513));
+    assert_eq!((status, data.to_le_bytes()), (0xffff_ff00, *b"last"));
+    assert_eq!(vmm.end().reason(), ExitReason::Poweroff);
+}
+
+// ---- net
+
+const TAP: &str = "tap0";
+
+fn ifreq(flags: i32) -> libc::ifreq {
+    // SAFETY: ifreq is plain numbers.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    for (to, from) in request.ifr_name.iter_mut().zip(TAP.bytes()) {
+        *to = from.cast_signed();
+    }
+    request.ifr_ifru.ifru_flags = u16::try_from(flags).unwrap().cast_signed();
+    request
+}
+
+/// A tap in a network namespace of this thread's own, and a socket on the host's side of it.
+fn tap() -> (OwnedFd, OwnedFd) {
+    unshare(CloneFlags::CLONE_NEWNET).unwrap();
+    // The host's own neighbour discovery would be in the way.
+    fs::write("/proc/sys/net/ipv6/conf/default/disable_ipv6", "1").unwrap();
+    let tun = File::options().read(true).write(true).open("/dev/net/tun").unwrap();
+    let request = ifreq(libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR);
+    // SAFETY: a valid ifreq.
+    let made = unsafe { libc::ioctl(tun.as_raw_fd(), libc::TUNSETIFF, &raw const request) };
+    assert_eq!(made, 0);
+    let host = socket(
+        AddressFamily::Packet,
+        SockType::Raw,
+        SockFlag::empty(),
+        SockProtocol::EthAll,
+    )
+    .unwrap();
+    let request = ifreq(libc::IFF_UP);
+    // SAFETY: a valid ifreq.
+    let up = unsafe { libc::ioctl(host.as_raw_fd(), libc::SIOCSIFFLAGS, &raw const request) };
+    assert_eq!(up, 0);
+    // SAFETY: sockaddr_ll is plain numbers.
+    let mut address: libc::sockaddr_ll = unsafe { std::mem::zeroed() };
+    address.sll_family = u16::try_from(libc::AF_PACKET).unwrap();
+    address.sll_protocol = u16::try_from(libc::ETH_P_ALL).unwrap().to_be();
+    address.sll_ifindex = i32::try_from(if_nametoindex(TAP).unwrap()).unwrap();
+    let len = u32::try_from(size_of::<libc::sockaddr_ll>()).unwrap();
+    // SAFETY: the address is valid and as long as said.
+    let address = unsafe { LinkAddr::from_raw((&raw const address).cast(), Some(len)) };
+    bind(host.as_raw_fd(), &address.unwrap()).unwrap();
+    setsockopt(&host, ReceiveTimeout, &TimeVal::new(60, 0)).unwrap();
+    (tun.into(), host)
+}
+
+/// An Ethernet frame of 60 bytes of an experimental type.
+fn frame(from: u8, to: u8, fill: u8) -> Vec<u8> {
+    let mut frame = vec![fill; 60];
+    frame[..6].copy_from_slice(&[2, 0, 0, 0, 0, to]);
+    frame[6..12].copy_from_slice(&[2, 0, 0, 0, 0, from]);
+    frame[12..14].copy_from_slice(&[0x88, 0xb5]);
+    frame
+}
+
+#[test]
+fn frames_go_out_by_the_tap_and_come_in_with_an_interrupt() {
+    // Transmit buffers are used with an interrupt too: the handler returns as long as nothing was received.
+    let received = [0x66, 0x83, 0x3c, 0x25];
+    let at = (RINGS[0] + 0x2002).to_le_bytes();
+    let return_if_zero = [0, 0x75, 0x02, 0x48, 0xcf];
+    let handler = [
+        guest::store(WINDOW + INTERRUPT_ACK, 3),
+        guest::store(END_OF_INTERRUPT, 0),
+        [&received[..], &at, &return_if_zero].concat(),
+        print_word(RINGS[0] + 0x2008),
+        print_word(IN + 8),
+        print_word(IN + 12 + 14),
+        poweroff(),
+    ];
+    let code = [drive(2), print_word(WINDOW + CONFIG + 4), interrupts_and_notify(2)].concat();
+    let mut image = Image::new(&code, &handler.concat());
+    image.ring(0, &[(IN, 2048, WRITE)], &[0]);
+    // Too short for its header, then a good one.
+    image.ring(1, &[(OUT, 4, 0), (OUT, 72, 0)], &[0, 1]);
+    image.put(OUT + 12, &frame(1, 2, 0x77));
+
+    let (tap, host) = tap();
+    let (mut vmm, mut serial) = Vmm::with_machine(CreateMachine {
+        nets: vec![net_slot()],
+        ..machine(1, 16 << 20)
+    });
+    let (code_of_refusal, _) = vmm.refused(Command::BindNet(BindNet::default()), &[file(b"").as_fd()]);
+    assert_eq!(code_of_refusal, error::Code::Resource);
+    vmm.ok(Command::BindNet(BindNet::default()), &[tap.as_fd()]);
+    vmm.load(&guest::elf(&image.0));
+    vmm.ok(Command::Start(Start {}), &[]);
+    let [status] = words(&mut serial);
+    assert_eq!(status.to_le_bytes(), [0, 1, 1, 0], "end of the address, link up");
+    let mut sent = [0; 2048];
+    let len = recv(host.as_raw_fd(), &mut sent, MsgFlags::empty()).unwrap();
+    assert_eq!(sent[..len], frame(1, 2, 0x77));
+    let counters = vmm.call(Command::GetState(GetState {}), &[]).unwrap().unwrap().counters;
+    assert_eq!(counters.get("net0.bad_chain"), Some(&1));
+    send(host.as_raw_fd(), &frame(2, 1, 0x99), MsgFlags::empty()).unwrap();
+    let [len, header, data] = words(&mut serial);
+    assert_eq!((len, header >> 16, data), (72, 1, 0x9999_9999));
+    assert_eq!(vmm.end().reason(), ExitReason::Poweroff);
+}
