@@ -116,7 +116,8 @@ fn drive(queues: u32) -> Vec<u8> {
 fn interrupts_and_notify(queues: u32) -> Vec<u8> {
     const IOAPIC_SELECT: u32 = 0xfec0_0000;
     const IOAPIC_DATA: u32 = 0xfec0_0010;
-    let mut code = vec![];
+    // The old interrupt controllers get the same edges: they keep silent (8259A data sheet, OCW1).
+    let mut code = [guest::out(0x21, 0xff), guest::out(0xa1, 0xff)].concat();
     for (at, value) in [
         (0xfee0_00f0, 0x1ff),
         (IOAPIC_SELECT, 0x11 + 2 * IRQ),

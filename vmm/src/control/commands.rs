@@ -299,11 +299,9 @@ fn bind_disk(machine: &Machine, message: &BindDisk, fds: Fds) -> Result<(), Fail
 }
 
 fn bind_net(machine: &Machine, message: &BindNet, fd: OwnedFd) -> Result<(), Failure> {
-    let net = NetResource {
-        tap: Tap::from_fd(fd).map_err(|error| Failure::of(Code::Resource, &error))?,
-        rx_limit: message.rx_limit.map(rate_limit).unwrap_or_default(),
-        tx_limit: message.tx_limit.map(rate_limit).unwrap_or_default(),
-    };
+    let [rx, tx] = [message.rx_limit, message.tx_limit].map(|limit| limit.map(rate_limit).unwrap_or_default());
+    let net = Tap::from_fd(fd).and_then(|tap| NetResource::new(tap, rx, tx));
+    let net = net.map_err(|error| Failure::of(Code::Resource, &error))?;
     Ok(machine.bind_net(message.slot, net)?)
 }
 

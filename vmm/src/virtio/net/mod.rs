@@ -92,12 +92,25 @@ fn link_status(config: &mut [u8], up: bool) {
 /// A tap to be bound to a slot.
 #[derive(Debug)]
 pub struct NetResource {
-    /// The tap.
-    pub tap: Tap,
-    /// How fast frames reach the guest.
-    pub rx_limit: RateLimit,
-    /// How fast frames leave the guest.
-    pub tx_limit: RateLimit,
+    tap: Tap,
+    rx_limiter: RateLimiter,
+    tx_limiter: RateLimiter,
+}
+
+impl NetResource {
+    /// A tap, with how fast frames reach the guest and how fast they leave it. The timers for that are made here, by whoever
+    /// binds: the device's own thread may not.
+    ///
+    /// # Errors
+    /// When the process is out of file descriptors.
+    pub fn new(tap: Tap, rx_limit: RateLimit, tx_limit: RateLimit) -> Result<Self, DeviceError> {
+        let limiter = |limit| RateLimiter::new(limit).map_err(DeviceError::host("make a timer for the rate limit"));
+        Ok(Self {
+            tap,
+            rx_limiter: limiter(rx_limit)?,
+            tx_limiter: limiter(tx_limit)?,
+        })
+    }
 }
 
 /// A tap in its place.
@@ -112,18 +125,19 @@ struct Bound {
     watched: EventSet,
 }
 
-impl Bound {
-    fn new(resource: NetResource) -> Result<Self, DeviceError> {
-        let limiter = |limit| RateLimiter::new(limit).map_err(DeviceError::host("make a timer for the rate limit"));
-        Ok(Self {
+impl From<NetResource> for Bound {
+    fn from(resource: NetResource) -> Self {
+        Self {
             tap: resource.tap,
-            rx_limiter: limiter(resource.rx_limit)?,
-            tx_limiter: limiter(resource.tx_limit)?,
+            rx_limiter: resource.rx_limiter,
+            tx_limiter: resource.tx_limiter,
             tx_paid: false,
             watched: EventSet::empty(),
-        })
+        }
     }
+}
 
+impl Bound {
     /// Watches the tap for `events` only. For none it leaves the epoll: an error is reported unasked, over and over.
     fn watch(&mut self, core: &Core, events: EventSet) -> Result<(), DeviceError> {
         let operation = match (self.watched.is_empty(), events.is_empty()) {
@@ -330,7 +344,7 @@ impl Device for Net {
         if self.bound.is_some() {
             return Err(DeviceError::AlreadyBound);
         }
-        let bound = Bound::new(resource)?;
+        let bound = Bound::from(resource);
         if let Some(guest) = &self.guest {
             bound.tap.offload(guest.features)?;
         }

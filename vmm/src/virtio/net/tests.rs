@@ -85,13 +85,13 @@ fn wire() -> Option<Wire> {
     })
 }
 
+fn limited(tap: Tap, limit: RateLimit) -> NetResource {
+    NetResource::new(tap, limit, limit).unwrap()
+}
+
 impl Wire {
     fn resource(&mut self) -> NetResource {
-        NetResource {
-            tap: self.tap.take().unwrap(),
-            rx_limit: RateLimit::default(),
-            tx_limit: RateLimit::default(),
-        }
+        limited(self.tap.take().unwrap(), RateLimit::default())
     }
 
     fn send(&self, frame: &[u8]) {
@@ -400,13 +400,7 @@ fn both_directions_wait_for_their_rate_and_go_on_by_their_timers() {
         burst_operations: 1,
         ..RateLimit::default()
     };
-    rig.device
-        .bind(NetResource {
-            rx_limit: limit,
-            tx_limit: limit,
-            ..wire.resource()
-        })
-        .unwrap();
+    rig.device.bind(limited(wire.tap.take().unwrap(), limit)).unwrap();
     for number in 0..3u8 {
         rig.rx.add(&[(DATA + 0x1000 * u64::from(number), 0x1000, WRITE)]);
         wire.send(&frame(number, 60));
@@ -438,11 +432,7 @@ fn a_tap_that_goes_away_takes_the_link_down_and_another_may_come() {
     assert_eq!(rig.device.core.interrupt.status() & 2, 2);
     drop(wire);
     let fd = make_tap(libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR);
-    let resource = NetResource {
-        tap: Tap::from_fd(fd).unwrap(),
-        rx_limit: RateLimit::default(),
-        tx_limit: RateLimit::default(),
-    };
+    let resource = limited(Tap::from_fd(fd).unwrap(), RateLimit::default());
     rig.device.bind(resource).unwrap();
     assert_eq!(rig.status(), [1, 0]);
 }
@@ -491,13 +481,14 @@ fn a_second_tap_and_what_is_no_tap_are_refused() {
         let error = Tap::from_fd(make_tap(flags)).unwrap_err().to_string();
         assert!(error.contains("IFF_VNET_HDR"), "{error}");
     }
-    let resource = || NetResource {
-        tap: Tap::from_fd(make_tap(
-            libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR | libc::IFF_MULTI_QUEUE,
-        ))
-        .unwrap(),
-        rx_limit: RateLimit::default(),
-        tx_limit: RateLimit::default(),
+    let resource = || {
+        limited(
+            Tap::from_fd(make_tap(
+                libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR | libc::IFF_MULTI_QUEUE,
+            ))
+            .unwrap(),
+            RateLimit::default(),
+        )
     };
     let mut device = Net::new(NetSlot { mac: MAC }).unwrap();
     device.bind(resource()).unwrap();
@@ -516,11 +507,7 @@ fn save_restore_save_is_equal_and_a_frame_in_hand_is_not_lost() {
     let bound = rig.device.bound.take().unwrap();
     let resources = NetResources {
         memory: rig.memory.clone(),
-        net: Some(NetResource {
-            tap: bound.tap,
-            rx_limit: RateLimit::default(),
-            tx_limit: RateLimit::default(),
-        }),
+        net: Some(limited(bound.tap, RateLimit::default())),
     };
     rig.device = Net::restore(&saved, resources).unwrap();
     assert_eq!(rig.device.save(), saved);
