@@ -10,9 +10,9 @@
 mod common;
 
 use std::fs::{self, File};
-use std::io::Read;
+use std::io::{Read, Write};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
-use std::os::unix::net::UnixStream;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::time::Duration;
 
 use common::{Vmm, file, guest, machine};
@@ -133,6 +133,20 @@ fn interrupts_and_notify(queues: u32) -> Vec<u8> {
         code.extend(guest::store(WINDOW + QUEUE_NOTIFY, queue));
     }
     code.extend([0xfb, 0xf4, 0xeb, 0xfd]);
+    code
+}
+
+/// The start of a handler that returns as long as queue 0 has fewer than `count` used elements: other queues interrupt too.
+fn acknowledge_until_used(count: u8) -> Vec<u8> {
+    let mut code = [
+        guest::store(WINDOW + INTERRUPT_ACK, 3),
+        guest::store(END_OF_INTERRUPT, 0),
+    ]
+    .concat();
+    // cmp word [used index], count; jae over it; iretq
+    code.extend([0x66, 0x83, 0x3c, 0x25]);
+    code.extend((RINGS[0] + 0x2002).to_le_bytes());
+    code.extend([count, 0x73, 0x02, 0x48, 0xcf]);
     code
 }
 
@@ -364,14 +378,8 @@ fn frame(from: u8, to: u8, fill: u8) -> Vec<u8> {
 
 #[test]
 fn frames_go_out_by_the_tap_and_come_in_with_an_interrupt() {
-    // Transmit buffers are used with an interrupt too: the handler returns as long as nothing was received.
-    let received = [0x66, 0x83, 0x3c, 0x25];
-    let at = (RINGS[0] + 0x2002).to_le_bytes();
-    let return_if_zero = [0, 0x75, 0x02, 0x48, 0xcf];
     let handler = [
-        guest::store(WINDOW + INTERRUPT_ACK, 3),
-        guest::store(END_OF_INTERRUPT, 0),
-        [&received[..], &at, &return_if_zero].concat(),
+        acknowledge_until_used(1),
         print_word(RINGS[0] + 0x2008),
         print_word(IN + 8),
         print_word(IN + 12 + 14),
@@ -404,5 +412,59 @@ fn frames_go_out_by_the_tap_and_come_in_with_an_interrupt() {
     send(host.as_raw_fd(), &frame(2, 1, 0x99), MsgFlags::empty()).unwrap();
     let [len, header, data] = words(&mut serial);
     assert_eq!((len, header >> 16, data), (72, 1, 0x9999_9999));
+    assert_eq!(vmm.end().reason(), ExitReason::Poweroff);
+}
+
+// ---- vsock
+
+#[test]
+fn streams_of_a_jailed_vmm_go_both_ways() {
+    const REQUEST: u16 = 1;
+    const RESPONSE: u16 = 2;
+    // Two packets, in one order or the other: an answer to the guest, and the wish of a host program.
+    let second = IN + 0x800;
+    let handler = [
+        acknowledge_until_used(2),
+        print_word(IN + 28),
+        print_word(second + 28),
+        poweroff(),
+    ];
+    let mut image = Image::new(&[drive(2), interrupts_and_notify(2)].concat(), &handler.concat());
+    image.ring(0, &[(IN, 0x100, WRITE), (second, 0x100, WRITE)], &[0, 1]);
+    image.ring(1, &[(OUT, 44, 0)], &[0]);
+    // struct virtio_vsock_hdr (virtio 1.3, 5.10.6): CID 3, port 5000, asks for CID 2, port 1024.
+    image.put(OUT, &3u64.to_le_bytes());
+    image.put(OUT + 8, &2u64.to_le_bytes());
+    image.put(OUT + 16, &5000u32.to_le_bytes());
+    image.put(OUT + 20, &1024u32.to_le_bytes());
+    image.put(OUT + 28, &1u16.to_le_bytes());
+    image.put(OUT + 30, &REQUEST.to_le_bytes());
+    image.put(OUT + 36, &65536u32.to_le_bytes());
+
+    let (mut vmm, mut serial) = Vmm::with_machine(CreateMachine {
+        vsock: Some(VsockSlot { guest_cid: 3 }),
+        ..machine(1, 16 << 20)
+    });
+    let (code, _) = vmm.refused(Command::BindVsock(BindVsock {}), &[file(b"").as_fd()]);
+    assert_eq!(code, error::Code::Resource);
+    let path = vmm.folder.path().join("vsock.sock");
+    let listener = UnixListener::bind(&path).unwrap();
+    vmm.ok(Command::BindVsock(BindVsock {}), &[listener.as_fd()]);
+    let (again, _) = vmm.refused(Command::BindVsock(BindVsock {}), &[listener.as_fd()]);
+    assert_eq!(again, error::Code::Invalid);
+    // Before there is a driver: the caller waits for it.
+    let mut caller = UnixStream::connect(&path).unwrap();
+    caller.write_all(b"CONNECT 7\n").unwrap();
+    vmm.load(&guest::elf(&image.0));
+    vmm.ok(Command::Start(Start {}), &[]);
+    let Some(event::Event::Dial(dial)) = vmm.connection.event().event else {
+        panic!("not a stream of the guest's")
+    };
+    assert_eq!(dial.port, 1024);
+    let packets: [u32; 2] = words(&mut serial);
+    // Type 1, a stream, and the operation.
+    let mut operations = packets.map(|word| (word & 0xffff, word >> 16));
+    operations.sort_unstable();
+    assert_eq!(operations, [(1, REQUEST.into()), (1, RESPONSE.into())]);
     assert_eq!(vmm.end().reason(), ExitReason::Poweroff);
 }
