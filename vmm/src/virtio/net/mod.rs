@@ -15,6 +15,8 @@ mod tap;
 #[cfg(test)]
 mod tests;
 mod tx;
+#[cfg(test)]
+mod wire;
 
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
