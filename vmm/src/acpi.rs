@@ -16,6 +16,7 @@ use acpi_tables::xsdt::XSDT;
 use thiserror::Error;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 
+use crate::boot::reset_vector;
 use crate::memory::{self, GuestMemory};
 use crate::ports;
 use crate::ports::power::{ACPI_RESET_VALUE, SLEEP_TYPE_S5};
@@ -23,7 +24,7 @@ use crate::ports::power::{ACPI_RESET_VALUE, SLEEP_TYPE_S5};
 /// Where the RSDP is: the first address of the area that a BIOS would use (ACPI 6.5, 5.2.5.1).
 pub const RSDP: u64 = 0xe_0000;
 const TABLES: u64 = RSDP + 0x40;
-const END: u64 = 0x10_0000;
+const END: u64 = reset_vector::ADDRESS;
 
 const OEM: [u8; 6] = *b"FLINT ";
 const OEM_TABLE: [u8; 8] = *b"FLINTVMM";
@@ -34,8 +35,8 @@ const BOOT_FLAGS: u16 = 1 << 2 | 1 << 5;
 /// Tables that cannot be put into guest memory.
 #[derive(Debug, Error)]
 pub enum Error {
-    /// They do not fit below 1 MiB.
-    #[error("ACPI tables of {0} bytes do not fit below 1 MiB")]
+    /// They do not fit below the reset vector.
+    #[error("ACPI tables of {0} bytes do not fit below the reset vector")]
     TooLarge(u64),
     /// There is no memory there.
     #[error("writing ACPI tables at {address:#x}")]

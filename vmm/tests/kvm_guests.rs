@@ -67,6 +67,16 @@ fn two_vcpus_run() {
 }
 
 #[test]
+fn a_guest_that_jumps_to_the_reset_vector_resets() {
+    // jmp 0xf000:0xfff0
+    let jump = [0xea, 0xf0, 0xff, 0x00, 0xf0];
+    let (mut vmm, _serial) = Vmm::with_machine(machine(2, 16 << 20));
+    vmm.load(&guest::elf(&[guest::start_second(&jump), guest::halt()].concat()));
+    vmm.ok(Command::Start(Start {}), &[]);
+    assert_eq!(vmm.end().reason(), ExitReason::Reset);
+}
+
+#[test]
 fn memory_goes_on_above_the_gap() {
     // Page directory pointer 4, and a directory at 2 MiB, map the first 2 MiB above 4 GiB.
     let map = [

@@ -2,7 +2,7 @@
 //! natively, which `hack/test system` provides.
 //!
 //! The initrd's init prints "flint-test: cpus=N memory_kib=M" and then does what `flint_test=` on the command line says:
-//! poweroff, reboot or panic.
+//! poweroff, reboot, panic or unreported-panic, a panic without the driver that tells the VMM.
 #![allow(missing_docs, clippy::unwrap_used, clippy::expect_used)]
 
 mod common;
@@ -71,4 +71,9 @@ fn linux_reboots() {
 #[test]
 fn linux_panics() {
     assert_eq!(boot(1, 192 << 20, "panic").1, ExitReason::Panic);
+}
+
+#[test]
+fn linux_reboots_after_a_panic_that_nobody_reports() {
+    assert_eq!(boot(1, 192 << 20, "unreported-panic").1, ExitReason::Reset);
 }

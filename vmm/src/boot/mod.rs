@@ -4,6 +4,7 @@
 //! 0x00500  GDT                       0x09000  page tables (6 pages)
 //! 0x06000  PVH start info            0x20000  command line
 //! 0x07000  zero page                 0xe0000  ACPI tables (see `acpi`)
+//!                                    0xffff0  reset vector
 //! 0x100000 kernel ...                    ... initrd, as high below the gap as the kernel allows
 //! ```
 //!
@@ -14,6 +15,7 @@
 //! | ELF without                  | `e_entry`, 64-bit                             | as the bzImage |
 
 mod pvh;
+pub mod reset_vector;
 mod zero_page;
 
 use std::fs::File;
@@ -368,6 +370,7 @@ pub fn write_tables(memory: &GuestMemory, entry: Entry) -> Result<(), Error> {
         .flat_map(|entry: &u64| entry.to_le_bytes())
         .collect();
     put(memory, "the GDT", GDT, &gdt)?;
+    reset_vector::write(memory)?;
     match entry {
         Entry::Linux64 { .. } => put(memory, "page tables", PAGE_TABLES, &identity_map()),
         Entry::Pvh { .. } => Ok(()),
