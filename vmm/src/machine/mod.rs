@@ -11,6 +11,7 @@
 // A failed step hands its phase back by value: it happens at most a few times in a sandbox's life.
 #![allow(clippy::result_large_err)]
 
+pub mod chipset;
 pub mod config;
 pub mod devices;
 
@@ -410,7 +411,11 @@ fn bind<D: Device>(kind: &'static str, slots: &[Slot<D>], slot: u32, resource: D
     device.bind(resource).map_err(|source| named(device, source))
 }
 
-fn create_vm(host: &Kvm) -> Result<VmFd, Error> {
+/// Makes a VM with its interrupt controllers, and neither memory nor vCPUs.
+///
+/// # Errors
+/// KVM refuses.
+pub fn create_vm(host: &Kvm) -> Result<VmFd, Error> {
     let vm = host.create_vm().map_err(kvm("creating the VM"))?;
     vm.set_identity_map_address(memory::IDENTITY_MAP_BASE)
         .map_err(kvm("placing KVM's identity map"))?;

@@ -8,7 +8,11 @@ use kvm_ioctls::VcpuFd;
 
 type Failure = (&'static str, kvm_ioctls::Error);
 
+/// Of an XSAVE area without features that a process must ask for.
+const XSAVE_WORDS: usize = 1024;
+
 /// A stopped vCPU.
+#[derive(Clone, Debug, PartialEq)]
 pub struct VcpuState {
     /// What it was told of itself.
     pub cpuid: Vec<kvm_bindings::kvm_cpuid_entry2>,
@@ -18,8 +22,8 @@ pub struct VcpuState {
     pub regs: kvm_regs,
     /// Segments and control registers.
     pub sregs: kvm_sregs,
-    /// FPU, SSE, AVX and beyond.
-    pub xsave: kvm_xsave,
+    /// FPU, SSE, AVX and beyond: the XSAVE area (SDM volume 1, 13.4).
+    pub xsave: [u32; XSAVE_WORDS],
     /// Which of these are on.
     pub xcrs: kvm_xcrs,
     /// Debug registers.
@@ -49,7 +53,7 @@ pub fn save(vcpu: &VcpuFd, msrs: &[u32]) -> Result<VcpuState, Failure> {
         msrs: save_msrs(vcpu, msrs)?,
         regs: vcpu.get_regs().map_err(at("saving its registers"))?,
         sregs: vcpu.get_sregs().map_err(at("saving its system registers"))?,
-        xsave: vcpu.get_xsave().map_err(at("saving its FPU"))?,
+        xsave: vcpu.get_xsave().map_err(at("saving its FPU"))?.region,
         xcrs: vcpu.get_xcrs().map_err(at("saving its extended control registers"))?,
         debug: vcpu.get_debug_regs().map_err(at("saving its debug registers"))?,
         lapic: vcpu.get_lapic().map_err(at("saving its local APIC"))?,
@@ -95,8 +99,12 @@ pub fn restore(vcpu: &VcpuFd, state: &VcpuState) -> Result<(), Failure> {
     vcpu.set_regs(&state.regs).map_err(at("restoring its registers"))?;
     vcpu.set_sregs(&state.sregs)
         .map_err(at("restoring its system registers"))?;
+    let xsave = kvm_xsave {
+        region: state.xsave,
+        ..Default::default()
+    };
     // SAFETY: no feature of dynamic size (AMX) was enabled for this process, so the state fits `kvm_xsave`.
-    unsafe { vcpu.set_xsave(&state.xsave) }.map_err(at("restoring its FPU"))?;
+    unsafe { vcpu.set_xsave(&xsave) }.map_err(at("restoring its FPU"))?;
     vcpu.set_xcrs(&state.xcrs)
         .map_err(at("restoring its extended control registers"))?;
     vcpu.set_debug_regs(&state.debug)

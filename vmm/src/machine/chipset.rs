@@ -1,0 +1,127 @@
+//! What is saved of the parts that KVM keeps beside the vCPUs: interrupt controllers and the guest's clock.
+
+use kvm_bindings::{
+    KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, kvm_clock_data, kvm_irqchip, kvm_pic_state,
+};
+use kvm_ioctls::VmFd;
+
+use super::{Error, kvm};
+
+/// Pins of the IOAPIC (KVM_IOAPIC_NUM_PINS).
+const PINS: usize = 24;
+
+/// The IOAPIC.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct IoapicState {
+    /// Where its registers are.
+    pub base: u64,
+    /// IOREGSEL.
+    pub select: u32,
+    /// Its APIC id.
+    pub id: u32,
+    /// Pins that are high.
+    pub requests: u32,
+    /// Redirection table (82093AA data sheet, 3.2.4).
+    pub redirections: [u64; PINS],
+}
+
+/// Interrupt controllers and clock of a machine whose vCPUs stand still.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct ChipsetState {
+    /// Both 8259As, the master first.
+    pub pics: [kvm_pic_state; 2],
+    /// The IOAPIC.
+    pub ioapic: IoapicState,
+    /// kvmclock's nanoseconds since the machine was made.
+    pub clock: u64,
+}
+
+/// Saves them.
+///
+/// # Errors
+/// What KVM refused.
+pub fn save(vm: &VmFd) -> Result<ChipsetState, Error> {
+    let pic = |id| {
+        let chip = read(vm, id)?;
+        // SAFETY: KVM filled the union's PIC for these ids, and all of its bytes are initialized.
+        Ok::<_, Error>(unsafe { chip.chip.pic })
+    };
+    let clock = vm.get_clock().map_err(kvm("saving the guest's clock"))?.clock;
+    Ok(ChipsetState {
+        pics: [pic(KVM_IRQCHIP_PIC_MASTER)?, pic(KVM_IRQCHIP_PIC_SLAVE)?],
+        ioapic: save_ioapic(vm)?,
+        clock,
+    })
+}
+
+/// Puts a fresh VM's controllers and clock to a saved state. The clock goes on where it stood: time between saving and
+/// restoring did not pass for the guest.
+///
+/// # Errors
+/// What KVM refused.
+pub fn restore(vm: &VmFd, state: &ChipsetState) -> Result<(), Error> {
+    for (id, pic) in [KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE]
+        .into_iter()
+        .zip(state.pics)
+    {
+        let mut chip = kvm_irqchip {
+            chip_id: id,
+            ..Default::default()
+        };
+        chip.chip.pic = pic;
+        write(vm, &chip)?;
+    }
+    restore_ioapic(vm, &state.ioapic)?;
+    let clock = kvm_clock_data {
+        clock: state.clock,
+        ..Default::default()
+    };
+    vm.set_clock(&clock).map_err(kvm("restoring the guest's clock"))
+}
+
+fn save_ioapic(vm: &VmFd) -> Result<IoapicState, Error> {
+    let chip = read(vm, KVM_IRQCHIP_IOAPIC)?;
+    // SAFETY: KVM filled the union's IOAPIC for this id, and all of its bytes are initialized.
+    let ioapic = unsafe { chip.chip.ioapic };
+    Ok(IoapicState {
+        base: ioapic.base_address,
+        select: ioapic.ioregsel,
+        id: ioapic.id,
+        requests: ioapic.irr,
+        // SAFETY: both forms of an entry are 64 bits without padding.
+        redirections: ioapic.redirtbl.map(|entry| unsafe { entry.bits }),
+    })
+}
+
+fn restore_ioapic(vm: &VmFd, state: &IoapicState) -> Result<(), Error> {
+    let mut chip = kvm_irqchip {
+        chip_id: KVM_IRQCHIP_IOAPIC,
+        ..Default::default()
+    };
+    let mut ioapic = kvm_bindings::kvm_ioapic_state {
+        base_address: state.base,
+        ioregsel: state.select,
+        id: state.id,
+        irr: state.requests,
+        ..Default::default()
+    };
+    for (entry, bits) in ioapic.redirtbl.iter_mut().zip(state.redirections) {
+        entry.bits = bits;
+    }
+    chip.chip.ioapic = ioapic;
+    write(vm, &chip)
+}
+
+fn read(vm: &VmFd, id: u32) -> Result<kvm_irqchip, Error> {
+    let mut chip = kvm_irqchip {
+        chip_id: id,
+        ..Default::default()
+    };
+    vm.get_irqchip(&mut chip)
+        .map_err(kvm("saving an interrupt controller"))?;
+    Ok(chip)
+}
+
+fn write(vm: &VmFd, chip: &kvm_irqchip) -> Result<(), Error> {
+    vm.set_irqchip(chip).map_err(kvm("restoring an interrupt controller"))
+}
