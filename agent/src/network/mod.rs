@@ -76,6 +76,9 @@ pub enum NetworkError {
     /// No netlink socket, no tap device or no sysctl.
     #[error("could not {0}")]
     System(&'static str, #[source] io::Error),
+    /// The kernel does not bring the bridge into service.
+    #[error("the bridge {0} has a port that is up, but is not operational: see `ip -d link show {0}`")]
+    NoCarrier(String),
     /// The nft program is missing.
     #[error("nft cannot be run: install the package nftables")]
     NoNft(#[source] io::Error),
@@ -99,25 +102,25 @@ pub struct Network {
 
 impl Network {
     /// Makes the bridge and the rules, or takes over those that are there. `survivors` are the addresses of sandboxes that
-    /// still run: their leases come back in the same order, and their traffic is never interrupted.
+    /// still run: their leases come back, and their traffic is never interrupted. One that is not in the range, or comes
+    /// twice, gets no lease and may send no more. After an error there is nothing that was not there before.
     pub async fn start(config: Config, survivors: &[Ipv4Addr]) -> Result<(Self, Vec<Lease>), NetworkError> {
         let addresses = Arc::new(Mutex::new(Addresses::new(config.range)));
-        let leases = survivors
+        let leases: Vec<_> = survivors
             .iter()
-            .map(|address| Lease::reserve(&addresses, *address))
-            .collect::<Result<Vec<_>, _>>()?;
+            .filter_map(|address| Lease::reserve(&addresses, *address).ok())
+            .collect();
         let links = Links::start(&config).await?;
-        std::fs::write("/proc/sys/net/ipv4/ip_forward", "1")
-            .map_err(|error| NetworkError::System("switch on net.ipv4.ip_forward", error))?;
-        rules::apply(&config, survivors).await?;
-        Ok((
-            Self {
-                config,
-                links,
-                addresses,
-            },
-            leases,
-        ))
+        if let Err(error) = open_ways(&config, &leases).await {
+            links.undo().await;
+            return Err(error);
+        }
+        let network = Self {
+            config,
+            links,
+            addresses,
+        };
+        Ok((network, leases))
     }
 
     /// What it was started with.
@@ -140,7 +143,7 @@ impl Network {
         self.addresses.lock().unwrap_or_else(PoisonError::into_inner).used()
     }
 
-    /// Makes the tap of a leased address: on the bridge, guarded, up. Closing the last copy of the descriptor removes it.
+    /// Makes the tap of a leased address: on the bridge, guarded, and passing frames from now on. Closing the last copy of the descriptor removes it.
     pub async fn plug(&self, address: Ipv4Addr) -> Result<OwnedFd, NetworkError> {
         // The guard first: from its first moment the tap sends nothing but what it may.
         rules::allow(address).await?;
@@ -157,6 +160,14 @@ impl Network {
         rules::remove().await?;
         self.links.remove().await
     }
+}
+
+/// Routing and rules.
+async fn open_ways(config: &Config, leases: &[Lease]) -> Result<(), NetworkError> {
+    std::fs::write("/proc/sys/net/ipv4/ip_forward", "1")
+        .map_err(|error| NetworkError::System("switch on net.ipv4.ip_forward", error))?;
+    let allowed: Vec<_> = leases.iter().map(Lease::address).collect();
+    rules::apply(config, &allowed).await
 }
 
 #[cfg(test)]

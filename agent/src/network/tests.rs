@@ -146,3 +146,52 @@ fn a_tap_reaches_the_gateway_from_its_own_addresses_only() {
         );
     });
 }
+
+#[test]
+fn the_first_frame_of_every_tap_is_answered_also_when_the_bridge_was_idle() {
+    in_private_network(|| async {
+        let (network, _) = Network::start(Config::default(), &[]).await.unwrap();
+        // Without waiting for the bridge about every fifth answer is lost.
+        for round in 0..40 {
+            let lease = network.lease().unwrap();
+            let tap = network.plug(lease.address()).await.unwrap();
+            let request = arp_request(lease.mac(), lease.address(), network.gateway());
+            assert!(gateway_answers(&tap, &request).await, "tap {round}");
+        }
+    });
+}
+
+#[test]
+fn a_changed_range_takes_the_place_of_the_old_one() {
+    in_private_network(|| async {
+        let (old, _) = Network::start(Config::default(), &[]).await.unwrap();
+        let lease = old.lease().unwrap();
+        let config = Config {
+            range: "10.99.0.0/16".parse().unwrap(),
+            ..Config::default()
+        };
+        let (_new, leases) = Network::start(config, &[lease.address()]).await.unwrap();
+        assert!(leases.is_empty(), "an address of another range is nobody's");
+        let addresses = ask("ip -4 addr show flint0");
+        assert!(
+            addresses.contains("10.99.0.1/16") && !addresses.contains("10.88"),
+            "{addresses}"
+        );
+        assert!(!ask("nft list set bridge flint sources").contains("10.88.0.2"));
+    });
+}
+
+#[test]
+fn a_start_that_fails_leaves_no_bridge() {
+    in_private_network(|| async {
+        let config = Config {
+            bridge: "flint\"0".into(),
+            ..Config::default()
+        };
+        assert!(matches!(
+            Network::start(config, &[]).await,
+            Err(NetworkError::Nft { .. })
+        ));
+        assert!(!ask("ip link").contains("flint"));
+    });
+}
