@@ -160,6 +160,21 @@ impl Cgroup {
         Ok(processes.lines().any(|line| line.parse() == Ok(pid)))
     }
 
+    /// Whether the process was made in here and never moved, be it a zombie, and be this cgroup removed already.
+    pub fn is_home_of(&self, pid: i32) -> bool {
+        let Ok(memberships) = fs::read_to_string(format!("/proc/{pid}/cgroup")) else {
+            return false;
+        };
+        // The line of version 2 is "0::" and a path from the root of our cgroup namespace (cgroups(7)). Its last two parts
+        // name a sandbox; where the file system is mounted does not matter.
+        let own: Vec<_> = self.path.iter().rev().take(2).collect();
+        memberships
+            .lines()
+            .filter_map(|line| line.strip_prefix("0::"))
+            .map(|path| Path::new(path.strip_suffix(" (deleted)").unwrap_or(path)))
+            .any(|path| path.iter().rev().take(2).eq(own.iter().copied()))
+    }
+
     /// Kills all processes in here. None, or no cgroup, is fine.
     pub fn kill(&self) -> Result<(), CgroupError> {
         let path = self.path.join("cgroup.kill");

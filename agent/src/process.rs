@@ -9,7 +9,7 @@
 
 use std::{
     ffi::{CString, NulError},
-    fs::File,
+    fs::{self, File},
     io::{self, Read},
     os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd},
     path::{Path, PathBuf},
@@ -23,10 +23,13 @@ use nix::{
         prctl,
         wait::{Id, WaitPidFlag, WaitStatus, waitid},
     },
+    unistd::Pid,
 };
 use std::os::unix::process::ExitStatusExt;
 use thiserror::Error;
 use tokio::io::{Interest, unix::AsyncFd};
+
+use crate::cgroup::Cgroup;
 
 /// A program and what it gets.
 pub struct Program<'a> {
@@ -108,6 +111,23 @@ impl Process {
 pub fn become_subreaper() -> io::Result<()> {
     prctl::set_child_subreaper(true)?;
     Ok(())
+}
+
+/// Reaps the children of ours that ended in a cgroup and that nobody waits for. Only children are looked at, so no id can
+/// have passed to another process.
+pub fn reap_children_in(cgroup: &Cgroup) {
+    let Ok(tasks) = fs::read_dir("/proc/self/task") else {
+        return;
+    };
+    for task in tasks.flatten() {
+        // A task that has ended has handed its children to another one, which is looked at later or was there before.
+        let children = fs::read_to_string(task.path().join("children")).unwrap_or_default();
+        let children = children.split_whitespace().filter_map(|pid| pid.parse().ok());
+        for pid in children.filter(|pid| cgroup.is_home_of(*pid)) {
+            // Somebody may have been quicker, which is as good.
+            let _ = waitid(Id::Pid(Pid::from_raw(pid)), WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG);
+        }
+    }
 }
 
 /// Spawns a program. Blocks until it has been executed, or has not.

@@ -87,11 +87,12 @@ impl Folder {
     }
 }
 
-/// Ids of all sandboxes with a folder.
+/// Ids of all sandboxes with a folder. What is no folder, or has no name that could be an id, is none of ours.
 pub(super) fn list(sandboxes: &Path) -> Result<Vec<String>, SandboxError> {
     let entries = fs::read_dir(sandboxes).map_err(file_error("list", sandboxes))?;
     Ok(entries
         .flatten()
+        .filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()))
         .filter_map(|entry| entry.file_name().into_string().ok())
         .collect())
 }

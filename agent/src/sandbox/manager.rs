@@ -17,22 +17,23 @@ use std::{
 
 use flint_api::{
     guest::Interface,
-    vmm::{MAX_FDS, state::Phase},
+    vmm::{ExitReason, MAX_FDS, state::Phase},
 };
 
 use super::{
-    DiskSource, DiskSpec, Inner, Sandbox, SandboxError, SandboxSpec, TakenOver,
+    DiskSource, DiskSpec, Exited, Inner, Sandbox, SandboxError, SandboxSpec, TakenOver,
     control::Control,
     file_error,
     guest::connect_lazily,
     intent::{self, Folder, Intent},
     shell::{DiskFds, NetParts, Parts, Ready, Shell, ShellPlan, identity_of, mark_ready},
-    supervisor::{Attached, End, Held, explain, supervise},
+    supervisor::{Attached, End, Held, explain, from_status, supervise},
     uids::Uids,
 };
 use crate::{
     cgroup::{Cgroups, Limits},
-    network::{self, Lease, Network},
+    chain,
+    network::{self, Lease, Network, NetworkError},
     process::{self, Process},
     scratch::Scratch,
     timeline::Timeline,
@@ -123,7 +124,9 @@ impl Manager {
         let cgroups = Cgroups::open(&config.cgroup)?;
         let scratch = Arc::new(Scratch::open(config.state_dir.join("scratch"))?);
         let left = read_intents(&sandboxes)?;
-        let addresses: Vec<_> = left.iter().filter_map(|(_, intent)| intent.address).collect();
+        let with_cgroup = cgroups.list()?;
+        let addresses: Vec<_> = left.iter().filter_map(Left::address).collect();
+        // Nothing after this can fail: the network is there only if the manager is.
         let (network, leases) = Network::start(config.network.clone(), &addresses).await?;
         let manager = Self {
             vmm: config.vmm.as_path().into(),
@@ -137,7 +140,8 @@ impl Manager {
             found: Mutex::default(),
             config,
         };
-        manager.take_over_all(left, leases).await?;
+        manager.end_strays(&with_cgroup, &left).await;
+        manager.take_over_all(left, leases).await;
         Ok(manager)
     }
 
@@ -161,12 +165,12 @@ impl Manager {
     /// leaves nothing behind; after an error that has happened already.
     pub async fn launch(&self, spec: SandboxSpec, timeline: &Timeline) -> Result<Sandbox, SandboxError> {
         let spec = checked(spec)?;
-        let held = self.hold(&spec)?;
+        let (held, uid) = self.hold(&spec)?;
         let (folder, address) = (held.folder.clone(), held.lease.as_ref().map(Lease::address));
         let plan = ShellPlan {
             vmm: Arc::clone(&self.vmm),
             id: spec.id.clone(),
-            uid: held.uid.get(),
+            uid,
             folder: folder.clone(),
             cgroup: held.cgroup.clone(),
         };
@@ -189,7 +193,7 @@ impl Manager {
     }
 
     /// Writes down what the sandbox will hold, then takes it.
-    fn hold(&self, spec: &SandboxSpec) -> Result<Held, SandboxError> {
+    fn hold(&self, spec: &SandboxSpec) -> Result<(Held, u32), SandboxError> {
         let uid = self
             .uids
             .take()
@@ -211,13 +215,14 @@ impl Manager {
             let _ = self.cgroups.of(&spec.id).destroy();
             let _ = folder.remove();
         });
-        Ok(Held {
+        let held = Held {
             cgroup: made?,
             folder,
             lease,
             network: Arc::clone(&self.network),
-            uid,
-        })
+            uid: Some(uid),
+        };
+        Ok((held, intent.uid))
     }
 
     async fn start(
@@ -306,30 +311,45 @@ impl Manager {
         }
     }
 
-    async fn take_over_all(&self, left: Vec<(Folder, Intent)>, leases: Vec<Lease>) -> Result<(), SandboxError> {
-        let known: HashSet<_> = left.iter().map(|(_, intent)| intent.id.clone()).collect();
+    /// Ends what runs in cgroups that no folder accounts for.
+    async fn end_strays(&self, with_cgroup: &[String], left: &[Left]) {
+        let known: HashSet<_> = left.iter().map(|left| left.id.as_str()).collect();
+        for id in with_cgroup.iter().filter(|id| !known.contains(id.as_str())) {
+            let cgroup = self.cgroups.of(id);
+            if let Err(error) = blocking(move || cgroup.destroy()).await.and_then(|ended| Ok(ended?)) {
+                tracing::error!(
+                    sandbox = id,
+                    error = chain(&error),
+                    "a cgroup without a sandbox cannot be removed"
+                );
+            }
+        }
+    }
+
+    async fn take_over_all(&self, all: Vec<Left>, leases: Vec<Lease>) {
         let mut leases: HashMap<_, _> = leases.into_iter().map(|lease| (lease.address(), lease)).collect();
         let mut probes = tokio::task::JoinSet::new();
-        for (folder, intent) in left {
+        for left in all {
+            let lease = left.address().and_then(|address| leases.remove(&address));
+            let has_network = left.address().is_none() || lease.is_some();
             let held = Held {
-                cgroup: self.cgroups.of(&intent.id),
-                lease: intent.address.and_then(|address| leases.remove(&address)),
+                cgroup: self.cgroups.of(&left.id),
+                lease,
                 network: Arc::clone(&self.network),
-                uid: self.uids.reserve(intent.uid),
-                folder,
+                uid: left.intent.as_ref().ok().map(|intent| self.uids.reserve(intent.uid)),
+                folder: left.folder,
             };
-            probes.spawn(take_over_one(held, intent));
+            let intent = left.intent.and_then(|intent| match intent.address {
+                Some(address) if !has_network => Err(NetworkError::Taken(address).into()),
+                _ => Ok(intent),
+            });
+            probes.spawn(take_over_one(left.id, held, intent));
         }
         while let Some(probe) = probes.join_next().await {
             // A probe does not panic and is not aborted.
             let Ok((id, found)) = probe else { continue };
             self.lock_found().insert(id, found);
         }
-        for id in self.cgroups.list()?.into_iter().filter(|id| !known.contains(id)) {
-            let cgroup = self.cgroups.of(&id);
-            blocking(move || cgroup.destroy()).await??;
-        }
-        Ok(())
     }
 
     /// Finds a sandbox that an earlier flintd launched. If it has ended, waits until it is cleaned up.
@@ -376,58 +396,103 @@ impl Manager {
 }
 
 /// Takes one sandbox over, or begins to clean it up.
-async fn take_over_one(held: Held, intent: Intent) -> (String, Found) {
+async fn take_over_one(id: String, held: Held, intent: Result<Intent, SandboxError>) -> (String, Found) {
     let folder = held.folder.clone();
-    let alive = tokio::time::timeout(TAKE_OVER_TIMEOUT, reconnect(&held))
-        .await
-        .ok()
-        .flatten();
+    let alive = match intent {
+        Ok(intent) => reconnect_in_time(&held).await.map(|alive| (intent, alive)),
+        Err(error) => {
+            let error = chain(&error);
+            tracing::error!(sandbox = id, error, "a sandbox that cannot be taken over is ended");
+            Err(stopped(format!("flintd could not take it over: {error}")))
+        }
+    };
     let (end, attach) = supervise(held);
+    // The supervisor waits for the answer, and ends with the runtime only.
     let found = match alive {
-        Some((control, attached)) => {
-            // The supervisor waits for it, and ends with the runtime only.
-            let _ = attach.send(attached);
+        Ok((intent, (control, attached))) => {
+            let _ = attach.send(Ok(attached));
             let guest = connect_lazily(folder.path("vsock.sock"));
             Found::Running(Sandbox(Arc::new(Inner {
-                id: intent.id.clone(),
+                id: intent.id,
                 address: intent.address,
                 control,
                 guest,
                 end,
             })))
         }
-        None => {
-            // Nothing will come any more: the supervisor ends whatever is left.
-            drop(attach);
+        Err(why) => {
+            let _ = attach.send(Err(why));
             Found::Ending(end)
         }
     };
-    (intent.id, found)
+    (id, found)
 }
 
-/// Connects to a VMM of an earlier flintd. `None`: it is gone, or its start was never completed.
-async fn reconnect(held: &Held) -> Option<(Control, Attached)> {
+async fn reconnect_in_time(held: &Held) -> Result<(Control, Attached), Exited> {
+    let late = |_| Exited {
+        reason: ExitReason::VmmError,
+        detail: format!("the VMM did not answer within {TAKE_OVER_TIMEOUT:?} when flintd came back"),
+    };
+    tokio::time::timeout(TAKE_OVER_TIMEOUT, reconnect(held))
+        .await
+        .map_err(late)?
+}
+
+/// Connects to a VMM of an earlier flintd. An error says why the sandbox is to end, unless its VMM has said why it ended.
+async fn reconnect(held: &Held) -> Result<(Control, Attached), Exited> {
     if !held.folder.path("ready").exists() {
-        return None;
+        return Err(stopped("flintd ended before the sandbox's start was complete"));
     }
-    let (control, events) = Control::connect(&held.folder.path("control.sock")).ok()?;
-    let (state, pid) = control.hello().await.ok()?;
-    let process = Process::open(pid).ok()?;
+    let gone = || from_status(None);
+    let (control, events) = Control::connect(&held.folder.path("control.sock")).map_err(|_| gone())?;
+    let (state, pid) = control.hello().await.map_err(|_| gone())?;
+    let process = Process::open(pid).map_err(|_| gone())?;
     // The id could have passed to another process since the packet; a process in the sandbox's cgroup is the VMM.
-    let ours = held.cgroup.contains(pid).ok()?;
+    let ours = held.cgroup.contains(pid).unwrap_or(false);
     let runs = matches!(state.phase(), Phase::Running | Phase::Paused);
-    (ours && runs).then_some((control, Attached { events, process }))
+    if ours && runs {
+        Ok((control, Attached { events, process }))
+    } else {
+        Err(gone())
+    }
 }
 
-/// All folders with their intents. Those without an intent held nothing yet, and are removed.
-fn read_intents(sandboxes: &Path) -> Result<Vec<(Folder, Intent)>, SandboxError> {
+fn stopped(detail: impl Into<String>) -> Exited {
+    Exited {
+        reason: ExitReason::Stopped,
+        detail: detail.into(),
+    }
+}
+
+/// What an earlier flintd left of a sandbox.
+#[derive(Debug)]
+struct Left {
+    id: String,
+    folder: Folder,
+    intent: Result<Intent, SandboxError>,
+}
+
+impl Left {
+    fn address(&self) -> Option<Ipv4Addr> {
+        self.intent.as_ref().ok()?.address
+    }
+}
+
+/// All folders with what their intents say. Those without an intent held nothing yet, and are removed.
+fn read_intents(sandboxes: &Path) -> Result<Vec<Left>, SandboxError> {
     let mut left = Vec::new();
     for id in intent::list(sandboxes)? {
         let folder = Folder::of(sandboxes, &id);
-        match folder.intent()? {
-            Some(intent) if intent.id == id => left.push((folder, intent)),
-            _ => folder.remove()?,
-        }
+        let intent = match folder.intent() {
+            Ok(None) => {
+                folder.remove()?;
+                continue;
+            }
+            Ok(Some(intent)) if intent.id != id => Err(spec_error(&id, "its folder has the intent of another sandbox")),
+            Ok(Some(intent)) => Ok(intent),
+            Err(error) => Err(error),
+        };
+        left.push(Left { id, folder, intent });
     }
     Ok(left)
 }

@@ -114,7 +114,7 @@ impl Shell {
         // It cannot be another process: the id came from the kernel, and a child of ours keeps it until we reap it.
         // A supervisor that is gone has ended with the runtime.
         attach
-            .send(Attached { events, process })
+            .send(Ok(Attached { events, process }))
             .map_err(|_| SandboxError::Died)?;
         stage.end();
         Ok(Self { control, vsock, serial })

@@ -23,7 +23,7 @@ use super::{Exited, SandboxError, control::VmmEvent, intent::Folder, uids::Uid};
 use crate::{
     cgroup::Cgroup,
     network::{Lease, Network},
-    process::Process,
+    process::{self, Process},
 };
 
 /// How long a VMM that has closed its control connection may take to end by itself, and leave its exit file.
@@ -38,7 +38,9 @@ pub(super) struct Held {
     pub cgroup: Cgroup,
     pub lease: Option<Lease>,
     pub network: Arc<Network>,
-    pub uid: Uid,
+    /// Absent where the intent cannot be read.
+    #[expect(dead_code, reason = "held until the sandbox is gone, for no other use")]
+    pub uid: Option<Uid>,
 }
 
 /// A VMM that answers.
@@ -48,9 +50,9 @@ pub(super) struct Attached {
     pub process: Process,
 }
 
-/// Tells the supervisor that a VMM answers. Dropped unused, it tells that none ever will: so whoever may still be making a
-/// process holds on to it.
-pub(super) type Attach = oneshot::Sender<Attached>;
+/// Tells the supervisor that a VMM answers, or why the sandbox has to end. Dropped unused, it tells that no VMM ever will
+/// answer: so whoever may still be making a process holds on to it.
+pub(super) type Attach = oneshot::Sender<Result<Attached, Exited>>;
 
 /// The end of a sandbox: to bring it about, and to wait for it.
 #[derive(Clone, Debug)]
@@ -126,7 +128,11 @@ pub(super) fn supervise(held: Held) -> (End, Attach) {
     tokio::spawn(async move {
         let (kill, log) = task_end;
         let course = match attached.await {
-            Ok(attached) => follow(attached, &kill, &dialled_sender).await,
+            Ok(Ok(attached)) => follow(attached, &kill, &dialled_sender).await,
+            Ok(Err(why)) => Course {
+                why_killed: Some(why),
+                ..Course::default()
+            },
             Err(_) => Course::default(),
         };
         drop(dialled_sender);
@@ -189,7 +195,16 @@ fn broke_off() -> Exited {
 /// Ends what is left, finds out why it ended, and removes what the sandbox held.
 async fn conclude(held: Held, mut course: Course, log: &OnceLock<String>) -> Exited {
     let cgroup = held.cgroup.clone();
-    let destroyed = tokio::task::spawn_blocking(move || cgroup.destroy()).await;
+    let attached = course.process.is_some();
+    let destroyed = tokio::task::spawn_blocking(move || {
+        let destroyed = cgroup.destroy();
+        if !attached {
+            // Nobody has them by pidfd: launcher and VMM of a start that broke off on its way.
+            process::reap_children_in(&cgroup);
+        }
+        destroyed
+    });
+    let destroyed = destroyed.await;
     if let (Some(process), None) = (&course.process, course.status) {
         // Reaps it, if it is a child of ours. Its cgroup is empty, so this does not wait.
         course.status = Some(process.ended().await.unwrap_or(None));
