@@ -18,7 +18,7 @@ use tonic::transport::Channel;
 
 use super::{
     DiskSpec, Identity, NetSpec, SandboxError, SandboxSpec,
-    control::Control,
+    control::{Control, ControlError},
     file_error,
     guest::connect,
     intent::Folder,
@@ -109,7 +109,14 @@ impl Shell {
             vsock,
             serial,
         } = spawned?;
-        let (control, events) = Control::connect(&plan.folder.path("control.sock"))?;
+        let (control, events) = match Control::connect(&plan.folder.path("control.sock")) {
+            Ok(connected) => connected,
+            // The socket is refused once nobody holds it: the program has ended already.
+            Err(ControlError::Connect(error)) if error.kind() == io::ErrorKind::ConnectionRefused => {
+                return Err(ended_early(launcher.ended().await.unwrap_or(None), &plan.folder));
+            }
+            Err(error) => return Err(error.into()),
+        };
         let process = await_hello(&control, launcher, &plan.folder).await?;
         // It cannot be another process: the id came from the kernel, and a child of ours keeps it until we reap it.
         // A supervisor that is gone has ended with the runtime.
@@ -273,7 +280,7 @@ async fn await_hello(control: &Control, launcher: Process, folder: &Folder) -> R
         tokio::select! {
             answer = &mut hello => match answer {
                 Ok(answer) => break answer,
-                Err(super::control::ControlError::Closed(_)) => {
+                Err(ControlError::Closed(_)) => {
                     let status = match launched {
                         Some(status) => status,
                         None => launcher.ended().await.unwrap_or(None),
