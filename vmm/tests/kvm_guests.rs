@@ -66,6 +66,32 @@ fn two_vcpus_run() {
     vmm.ok(Command::Resume(Resume {}), &[]);
 }
 
+/// A guest of hardware-reduced ACPI enables interrupts before it has set up any controller: a device that has said something
+/// by then must not get through.
+#[test]
+fn nothing_interrupts_a_guest_that_has_set_up_no_controller() {
+    let sti = vec![0xfb, 0x90, 0x90];
+    let code = [guest::empty_interrupt_table(), sti, guest::out(0x601, 0x34)].concat();
+    let disk = DiskSlot {
+        serial: "disk".into(),
+        ..Default::default()
+    };
+    let (mut vmm, _serial) = Vmm::with_machine(CreateMachine {
+        disks: vec![disk],
+        ..machine(1, 16 << 20)
+    });
+    // The device tells that it has a capacity now.
+    let bind = BindDisk {
+        slot: 0,
+        source: Some(bind_disk::Source::RawFile(RawFile { direct: false })),
+        rate_limit: None,
+    };
+    vmm.ok(Command::BindDisk(bind), &[file(&[0; 512]).as_fd()]);
+    vmm.load(&guest::elf(&code));
+    vmm.ok(Command::Start(Start {}), &[]);
+    assert_eq!(vmm.end().reason(), ExitReason::Poweroff);
+}
+
 #[test]
 fn a_guest_that_jumps_to_the_reset_vector_resets() {
     // jmp 0xf000:0xfff0

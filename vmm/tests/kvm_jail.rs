@@ -4,9 +4,11 @@
 mod common;
 
 use std::fs;
+use std::os::fd::AsFd;
 use std::os::unix::fs::MetadataExt;
+use std::os::unix::net::UnixListener;
 
-use common::{UID, Vmm, guest, machine, read};
+use common::{UID, Vmm, file, guest, machine, net, read};
 use flint_api::vmm::request::Command;
 use flint_api::vmm::*;
 
@@ -19,6 +21,39 @@ fn running() -> Vmm {
         }],
         ..machine(2, 64 << 20)
     });
+    vmm.load(&guest::elf(&[guest::print("up"), guest::spin()].concat()));
+    vmm.ok(Command::Start(Start {}), &[]);
+    assert_eq!(read(&mut serial, 2), "up");
+    vmm
+}
+
+/// What a pod's sandbox has: an image, a scratch disk, network, vsock and entropy, all bound.
+fn running_with_every_device(memory: u64) -> Vmm {
+    let disk = |serial: &str, read_only| DiskSlot {
+        serial: serial.into(),
+        read_only,
+        queues: 1,
+    };
+    let (mut vmm, mut serial) = Vmm::with_machine(CreateMachine {
+        disks: vec![disk("image-0", true), disk("scratch", false)],
+        nets: vec![NetSlot {
+            mac: vec![2, 0, 0, 0, 0, 2],
+        }],
+        vsock: Some(VsockSlot { guest_cid: 3 }),
+        rng: true,
+        ..machine(1, memory)
+    });
+    for slot in 0..2 {
+        let bind = BindDisk {
+            slot,
+            source: Some(bind_disk::Source::RawFile(RawFile { direct: false })),
+            rate_limit: None,
+        };
+        vmm.ok(Command::BindDisk(bind), &[file(&[0; 4096]).as_fd()]);
+    }
+    vmm.ok(Command::BindNet(BindNet::default()), &[net::tap().as_fd()]);
+    let listener = UnixListener::bind(vmm.folder.path().join("vsock.sock")).unwrap();
+    vmm.ok(Command::BindVsock(BindVsock {}), &[listener.as_fd()]);
     vmm.load(&guest::elf(&[guest::print("up"), guest::spin()].concat()));
     vmm.ok(Command::Start(Start {}), &[]);
     assert_eq!(read(&mut serial, 2), "up");
@@ -98,7 +133,7 @@ fn every_thread_is_filtered_and_no_descriptor_is_inherited() {
 #[test]
 fn private_memory_beside_the_guests_is_at_most_5_mib() {
     const GUEST: u64 = 64 << 20;
-    let vmm = running();
+    let vmm = running_with_every_device(GUEST);
     let mut total = 0;
     let mut guests = false;
     for line in vmm.proc("smaps").lines() {

@@ -9,17 +9,15 @@
 
 mod common;
 
-use std::fs::{self, File};
 use std::io::{Read, Write};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::time::Duration;
 
-use common::{Vmm, file, guest, machine};
+use common::{Vmm, file, guest, machine, net};
 use flint_api::vmm::request::Command;
 use flint_api::vmm::*;
 use nix::net::if_::if_nametoindex;
-use nix::sched::{CloneFlags, unshare};
 use nix::sys::socket::{
     AddressFamily, LinkAddr, MsgFlags, SockFlag, SockProtocol, SockType, SockaddrLike, bind, recv, send, setsockopt,
     socket, sockopt::ReceiveTimeout,
@@ -321,28 +319,9 @@ fn a_block_is_read_through_the_ring_and_announced_by_an_interrupt() {
 
 // ---- net
 
-const TAP: &str = "tap0";
-
-fn ifreq(flags: i32) -> libc::ifreq {
-    // SAFETY: ifreq is plain numbers.
-    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
-    for (to, from) in request.ifr_name.iter_mut().zip(TAP.bytes()) {
-        *to = from.cast_signed();
-    }
-    request.ifr_ifru.ifru_flags = u16::try_from(flags).unwrap().cast_signed();
-    request
-}
-
-/// A tap in a network namespace of this thread's own, and a socket on the host's side of it.
+/// A tap, and a socket on the host's side of it.
 fn tap() -> (OwnedFd, OwnedFd) {
-    unshare(CloneFlags::CLONE_NEWNET).unwrap();
-    // The host's own neighbour discovery would be in the way.
-    fs::write("/proc/sys/net/ipv6/conf/default/disable_ipv6", "1").unwrap();
-    let tun = File::options().read(true).write(true).open("/dev/net/tun").unwrap();
-    let request = ifreq(libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR);
-    // SAFETY: a valid ifreq.
-    let made = unsafe { libc::ioctl(tun.as_raw_fd(), libc::TUNSETIFF, &raw const request) };
-    assert_eq!(made, 0);
+    let tun = net::tap();
     let host = socket(
         AddressFamily::Packet,
         SockType::Raw,
@@ -350,21 +329,17 @@ fn tap() -> (OwnedFd, OwnedFd) {
         SockProtocol::EthAll,
     )
     .unwrap();
-    let request = ifreq(libc::IFF_UP);
-    // SAFETY: a valid ifreq.
-    let up = unsafe { libc::ioctl(host.as_raw_fd(), libc::SIOCSIFFLAGS, &raw const request) };
-    assert_eq!(up, 0);
     // SAFETY: sockaddr_ll is plain numbers.
     let mut address: libc::sockaddr_ll = unsafe { std::mem::zeroed() };
     address.sll_family = u16::try_from(libc::AF_PACKET).unwrap();
     address.sll_protocol = u16::try_from(libc::ETH_P_ALL).unwrap().to_be();
-    address.sll_ifindex = i32::try_from(if_nametoindex(TAP).unwrap()).unwrap();
+    address.sll_ifindex = i32::try_from(if_nametoindex(net::TAP).unwrap()).unwrap();
     let len = u32::try_from(size_of::<libc::sockaddr_ll>()).unwrap();
     // SAFETY: the address is valid and as long as said.
     let address = unsafe { LinkAddr::from_raw((&raw const address).cast(), Some(len)) };
     bind(host.as_raw_fd(), &address.unwrap()).unwrap();
     setsockopt(&host, ReceiveTimeout, &TimeVal::new(60, 0)).unwrap();
-    (tun.into(), host)
+    (tun, host)
 }
 
 /// An Ethernet frame of 60 bytes of an experimental type.

@@ -7,58 +7,21 @@
 
 mod common;
 
-use std::env;
-use std::fs::File;
-use std::io::{BufRead, BufReader};
-use std::os::fd::AsFd;
-
+use common::linux::{self, told};
 use common::{Vmm, machine};
-use flint_api::vmm::request::Command;
-use flint_api::vmm::*;
+use flint_api::vmm::ExitReason;
 
 /// Boots Linux; returns what it printed and how it ended.
 fn boot(vcpus: u32, memory: u64, action: &str) -> (Vec<String>, ExitReason) {
-    let named = |name: &str| {
-        let path = env::var(name).unwrap_or_else(|_| panic!("{name} must name a file: run hack/test system"));
-        File::open(&path).unwrap_or_else(|error| panic!("{path}: {error}"))
-    };
-    let (kernel, initrd) = (named("FLINT_TEST_KERNEL"), named("FLINT_TEST_INITRD"));
-    let (mut vmm, serial) = Vmm::with_machine(machine(vcpus, memory));
-    // Quiet: each byte of kernel log is an exit, which an emulated host pays dearly for.
-    let cmdline = format!("console=ttyS0 quiet panic=-1 flint_test={action}");
-    vmm.ok(
-        Command::LoadKernel(LoadKernel {
-            cmdline,
-            has_initrd: true,
-        }),
-        &[kernel.as_fd(), initrd.as_fd()],
-    );
-    vmm.ok(Command::Start(Start {}), &[]);
-    // Printed as it comes, so that a guest that hangs shows where.
-    let reader = std::thread::spawn(move || {
-        let lines = BufReader::new(serial).lines().map_while(Result::ok);
-        lines.inspect(|line| println!("{line}")).collect::<Vec<_>>()
-    });
-    let reason = vmm.end().reason();
-    let lines = reader.join().unwrap();
-    (lines, reason)
-}
-
-/// A number that init printed.
-fn told(lines: &[String], name: &str) -> u64 {
-    let line = lines
-        .iter()
-        .find(|line| line.contains("flint-test:"))
-        .expect("init's line");
-    let (_, rest) = line.split_once(&format!("{name}=")).unwrap();
-    rest.split_whitespace().next().unwrap().parse().unwrap()
+    let (vmm, serial) = Vmm::with_machine(machine(vcpus, memory));
+    linux::boot(vmm, serial, action)
 }
 
 #[test]
 fn linux_sees_its_vcpus_and_memory_and_powers_off() {
     let (lines, reason) = boot(2, 256 << 20, "poweroff");
-    assert_eq!(told(&lines, "cpus"), 2);
-    let memory = told(&lines, "memory_kib");
+    assert_eq!(told(&lines, "cpus"), "2");
+    let memory: u64 = told(&lines, "memory_kib").parse().unwrap();
     assert!((128 << 10..256 << 10).contains(&memory), "{memory} KiB");
     assert_eq!(reason, ExitReason::Poweroff);
 }

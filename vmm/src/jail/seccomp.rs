@@ -144,6 +144,8 @@ const KVM_SETUP: &[u64] = &[
     0xae47, // KVM_SET_TSS_ADDR
     0xae48, // KVM_SET_IDENTITY_MAP_ADDR
     0xae60, // KVM_CREATE_IRQCHIP
+    0xae62, // KVM_GET_IRQCHIP
+    0xae63, // KVM_SET_IRQCHIP
     0xae76, // KVM_IRQFD
     0xae79, // KVM_IOEVENTFD
     0xae8c, // KVM_GET_FPU

@@ -79,6 +79,21 @@ pub fn restore(vm: &VmFd, state: &ChipsetState) -> Result<(), Error> {
     vm.set_clock(&clock).map_err(kvm("restoring the guest's clock"))
 }
 
+/// Masks all lines of both 8259As, as a firmware leaves them (8259A data sheet, OCW1). A guest of hardware-reduced ACPI uses
+/// the IOAPIC and never looks at the PICs, which get the same edges and, unmasked, would interrupt it at vector 0 and up.
+///
+/// # Errors
+/// What KVM refused.
+pub fn mask_pics(vm: &VmFd) -> Result<(), Error> {
+    for id in [KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE] {
+        let mut chip = read(vm, id)?;
+        // SAFETY: KVM filled the union's PIC for these ids, and any content of its bytes is valid.
+        unsafe { chip.chip.pic.imr = 0xff };
+        write(vm, &chip)?;
+    }
+    Ok(())
+}
+
 fn save_ioapic(vm: &VmFd) -> Result<IoapicState, Error> {
     let chip = read(vm, KVM_IRQCHIP_IOAPIC)?;
     // SAFETY: KVM filled the union's IOAPIC for this id, and all of its bytes are initialized.
@@ -118,10 +133,10 @@ fn read(vm: &VmFd, id: u32) -> Result<kvm_irqchip, Error> {
         ..Default::default()
     };
     vm.get_irqchip(&mut chip)
-        .map_err(kvm("saving an interrupt controller"))?;
+        .map_err(kvm("reading an interrupt controller"))?;
     Ok(chip)
 }
 
 fn write(vm: &VmFd, chip: &kvm_irqchip) -> Result<(), Error> {
-    vm.set_irqchip(chip).map_err(kvm("restoring an interrupt controller"))
+    vm.set_irqchip(chip).map_err(kvm("setting an interrupt controller"))
 }

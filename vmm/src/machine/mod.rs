@@ -423,6 +423,7 @@ pub fn create_vm(host: &Kvm) -> Result<VmFd, Error> {
         .map_err(kvm("placing KVM's task state segment"))?;
     vm.create_irq_chip()
         .map_err(kvm("creating the interrupt controllers"))?;
+    chipset::mask_pics(&vm)?;
     Ok(vm)
 }
 

@@ -47,10 +47,15 @@ pub fn spin() -> Vec<u8> {
     vec![0xeb, 0xfe]
 }
 
-/// lidt [0x5000]; mov rbx, 1 << 40; mov byte [rbx], 0: a page fault with an empty interrupt table, so neither the fault can be
-/// delivered, nor the fault of that.
+/// lidt [0x5000], where there are zeros: no interrupt and no fault can be delivered.
+pub fn empty_interrupt_table() -> Vec<u8> {
+    vec![0x0f, 0x01, 0x1c, 0x25, 0x00, 0x50, 0x00, 0x00]
+}
+
+/// mov rbx, 1 << 40; mov byte [rbx], 0: a page fault that cannot be delivered, nor the fault of that.
 pub fn triple_fault() -> Vec<u8> {
-    let mut code = vec![0x0f, 0x01, 0x1c, 0x25, 0x00, 0x50, 0x00, 0x00, 0x48, 0xbb];
+    let mut code = empty_interrupt_table();
+    code.extend([0x48, 0xbb]);
     code.extend(u64::to_le_bytes(1 << 40));
     code.extend([0xc6, 0x03, 0x00]);
     code

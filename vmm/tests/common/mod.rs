@@ -2,6 +2,8 @@
 #![allow(dead_code, missing_docs)]
 
 pub mod guest;
+pub mod linux;
+pub mod net;
 
 use std::fs::{self, File};
 use std::io::{IoSliceMut, Read, Seek, SeekFrom, Write};
