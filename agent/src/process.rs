@@ -206,7 +206,7 @@ struct CloneArgs {
 
 const _: () = assert!(size_of::<CloneArgs>() == 88, "CLONE_ARGS_SIZE_VER2");
 
-fn clone_into(cgroup: BorrowedFd<'_>, child: ChildPlan<'_>) -> io::Result<Process> {
+fn clone_into(cgroup: BorrowedFd<'_>, mut child: ChildPlan<'_>) -> io::Result<Process> {
     const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
     let mut pidfd: RawFd = -1;
     let args = CloneArgs {
@@ -221,7 +221,7 @@ fn clone_into(cgroup: BorrowedFd<'_>, child: ChildPlan<'_>) -> io::Result<Proces
     // memory that the parent made, and never returns.
     let pid = unsafe { libc::syscall(libc::SYS_clone3, &raw const args, size_of::<CloneArgs>()) };
     match Errno::result(pid)? {
-        0 => run_child(child),
+        0 => run_child(&mut child),
         pid => {
             // SAFETY: with CLONE_PIDFD a successful clone3 stores a new descriptor there; nobody else has it.
             let pidfd = unsafe { OwnedFd::from_raw_fd(pidfd) };
@@ -231,7 +231,7 @@ fn clone_into(cgroup: BorrowedFd<'_>, child: ChildPlan<'_>) -> io::Result<Proces
 }
 
 /// The child's life. Every call in here is a plain system call.
-fn run_child(child: ChildPlan<'_>) -> ! {
+fn run_child(child: &mut ChildPlan<'_>) -> ! {
     let report = child.wanted.len() - 1;
     // SAFETY: integers and pointers into memory that the parent prepared and that this copy of it keeps until exec.
     unsafe {

@@ -65,7 +65,7 @@ impl PacketSocket {
 
     /// The next packet; `None` at the end of the connection.
     pub(super) async fn receive(&self) -> io::Result<Option<Packet>> {
-        let packet = self.0.async_io(Interest::READABLE, |fd| receive_now(fd)).await?;
+        let packet = self.0.async_io(Interest::READABLE, receive_now).await?;
         Ok((!packet.bytes.is_empty()).then_some(packet))
     }
 }
@@ -80,8 +80,8 @@ fn receive_now(fd: &OwnedFd) -> io::Result<Packet> {
         let (mut fds, mut pid) = (Vec::new(), None);
         for part in message.cmsgs()? {
             match part {
-                // SAFETY: the kernel has just made these descriptors for us, nobody else has them.
                 ControlMessageOwned::ScmRights(raw) => {
+                    // SAFETY: the kernel has just made these descriptors for us, nobody else has them.
                     fds.extend(raw.into_iter().map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }));
                 }
                 ControlMessageOwned::ScmCredentials(sender) => pid = Some(sender.pid()),
