@@ -87,8 +87,7 @@ pub fn restore(vm: &VmFd, state: &ChipsetState) -> Result<(), Error> {
 pub fn mask_pics(vm: &VmFd) -> Result<(), Error> {
     for id in [KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE] {
         let mut chip = read(vm, id)?;
-        // SAFETY: KVM filled the union's PIC for these ids, and any content of its bytes is valid.
-        unsafe { chip.chip.pic.imr = 0xff };
+        chip.chip.pic.imr = 0xff;
         write(vm, &chip)?;
     }
     Ok(())
