@@ -53,20 +53,16 @@ impl Kind {
     ];
 }
 
-/// Every thread: memory, locks, eventfds, epoll, its end; a panic's message.
+/// Every thread: memory, locks, eventfds, its end, a panic's message.
 const COMMON: &[c_long] = &[
     libc::SYS_brk,
-    libc::SYS_clock_gettime,
+    libc::SYS_clock_gettime, // where the vDSO cannot tell the time
     libc::SYS_close,
-    libc::SYS_epoll_ctl,
-    libc::SYS_epoll_pwait,
-    libc::SYS_epoll_wait,
     libc::SYS_exit,
     libc::SYS_exit_group,
     libc::SYS_futex,
-    libc::SYS_getpid,
-    libc::SYS_getrandom,
-    libc::SYS_gettid,
+    libc::SYS_getrandom, // seeds of hash maps
+    libc::SYS_gettid,    // named by a panic's message
     libc::SYS_madvise,
     libc::SYS_mremap,
     libc::SYS_munmap,
@@ -74,39 +70,38 @@ const COMMON: &[c_long] = &[
     libc::SYS_restart_syscall,
     libc::SYS_rt_sigprocmask,
     libc::SYS_rt_sigreturn,
-    libc::SYS_sched_yield,
+    libc::SYS_sched_yield, // channels that wait for a sender in the middle of its work
     libc::SYS_sigaltstack,
     libc::SYS_write,
-    libc::SYS_writev,
 ];
+
+/// Threads that wait for events: all but the vCPUs'.
+const EVENTS: &[c_long] = &[libc::SYS_epoll_ctl, libc::SYS_epoll_wait];
 
 /// The control thread: packets, kicks, and what a disk, tap or socket needs to be looked at and made ready.
 const CONTROL: &[c_long] = &[
     libc::SYS_accept4,
-    libc::SYS_dup,
-    libc::SYS_epoll_create1,
-    libc::SYS_eventfd2,
-    libc::SYS_fcntl,
-    libc::SYS_fstat,
+    libc::SYS_fcntl,  // F_GETFL and F_SETFL of what is bound
+    libc::SYS_getpid, // a part of pthread_kill
     libc::SYS_getsockname,
     libc::SYS_getsockopt,
     libc::SYS_io_uring_register,
     libc::SYS_io_uring_setup,
     libc::SYS_lseek,
-    libc::SYS_newfstatat,
-    libc::SYS_pread64,
+    libc::SYS_pread64, // an image's device table
     libc::SYS_recvmsg,
     libc::SYS_sendmsg,
     libc::SYS_statx,
     libc::SYS_tgkill,
     libc::SYS_timerfd_create,
-    libc::SYS_timerfd_settime,
 ];
 
-/// Making threads and confining them.
+/// Making threads and confining them, and the eventfds and epolls of devices.
 const SETUP: &[c_long] = &[
     libc::SYS_clone,
     libc::SYS_clone3,
+    libc::SYS_epoll_create1,
+    libc::SYS_eventfd2,
     libc::SYS_prctl,
     libc::SYS_prlimit64,
     libc::SYS_rseq,
@@ -116,19 +111,18 @@ const SETUP: &[c_long] = &[
     libc::SYS_set_robust_list,
 ];
 
-const BLOCK: &[c_long] = &[libc::SYS_io_uring_enter, libc::SYS_timerfd_settime, libc::SYS_pread64];
+const BLOCK: &[c_long] = &[
+    libc::SYS_io_uring_enter,
+    libc::SYS_pread64, // packs of an image
+    libc::SYS_timerfd_settime,
+];
 const NET: &[c_long] = &[libc::SYS_timerfd_settime];
 const VSOCK: &[c_long] = &[
     libc::SYS_accept4,
-    libc::SYS_fcntl,
-    libc::SYS_readv,
-    libc::SYS_recvfrom,
-    libc::SYS_recvmsg,
-    libc::SYS_sendmsg,
+    libc::SYS_recvfrom, // the line that names a port
     libc::SYS_sendto,
-    libc::SYS_setsockopt,
     libc::SYS_shutdown,
-    libc::SYS_socketpair,
+    libc::SYS_socketpair, // a stream that the guest opens
 ];
 const RNG: &[c_long] = &[libc::SYS_timerfd_settime];
 
@@ -250,20 +244,29 @@ fn add(rules: &mut Rules, kind: Kind) -> Result<(), BackendError> {
             }
         }
         Kind::Control => {
+            allow(rules, EVENTS);
             allow(rules, CONTROL);
             ioctls(rules, BINDING)?;
         }
         Kind::Vcpu => ioctls(rules, KVM_VCPU)?,
-        Kind::Device(ThreadKind::Block) => allow(rules, BLOCK),
+        Kind::Device(ThreadKind::Block) => {
+            allow(rules, EVENTS);
+            allow(rules, BLOCK);
+        }
         Kind::Device(ThreadKind::Net) => {
+            allow(rules, EVENTS);
             allow(rules, NET);
             ioctls(rules, OFFLOADING)?;
         }
         Kind::Device(ThreadKind::Vsock) => {
+            allow(rules, EVENTS);
             allow(rules, VSOCK);
             ioctls(rules, NONBLOCKING)?;
         }
-        Kind::Device(ThreadKind::Rng) => allow(rules, RNG),
+        Kind::Device(ThreadKind::Rng) => {
+            allow(rules, EVENTS);
+            allow(rules, RNG);
+        }
     }
     Ok(())
 }
