@@ -26,7 +26,10 @@ fn main() -> Result<(), Box<dyn Error>> {
             continue;
         }
         let descriptors = protox::compile(files.iter().copied(), ["proto"])?;
-        fs::write(out.join(format!("{}.bin", feature.to_lowercase())), descriptors.encode_to_vec())?;
+        fs::write(
+            out.join(format!("{}.bin", feature.to_lowercase())),
+            descriptors.encode_to_vec(),
+        )?;
         tonic_prost_build::configure()
             .build_transport(false)
             .compile_fds(descriptors)?;

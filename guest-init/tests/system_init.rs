@@ -69,12 +69,7 @@ fn start_guest() -> Guest {
             "-no-user-config",
         ])
         .args(["-nographic", "-no-reboot", "-serial", "stdio"])
-        .args([
-            "-kernel",
-            &file("FLINT_KERNEL"),
-            "-initrd",
-            &file("FLINT_INITRD"),
-        ])
+        .args(["-kernel", &file("FLINT_KERNEL"), "-initrd", &file("FLINT_INITRD")])
         .args(["-append", "console=ttyS0 quiet panic=-1 reboot=t"])
         .args(["-device", &format!("vhost-vsock-device,guest-cid={CID}")])
         .args([

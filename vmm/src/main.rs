@@ -60,6 +60,7 @@ fn main() -> ExitCode {
     let born = Instant::now();
     let arguments = Arguments::parse();
     std::panic::set_hook(Box::new(|info| eprintln!("flint-vmm: {info}")));
+    share_one_heap();
     let (listener, mut exit_file) = match descriptors(&arguments) {
         Ok(pair) => pair,
         Err(error) => return report(&arguments.id, &error),
@@ -77,6 +78,13 @@ fn main() -> ExitCode {
             )
         }
     }
+}
+
+/// One heap for all threads. With one for each, glibc opens /proc/sys/vm/overcommit_memory when it gives memory back, which the
+/// jail forbids; and each would keep memory of its own.
+fn share_one_heap() {
+    // SAFETY: no other thread exists yet, and the option takes a number only.
+    unsafe { libc::mallopt(libc::M_ARENA_MAX, 1) };
 }
 
 /// Takes the two descriptors and closes all others above standard error.
