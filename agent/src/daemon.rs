@@ -57,7 +57,7 @@ pub struct Options {
     /// What does not: sockets, running sandboxes. A tmpfs.
     #[arg(long, env = "FLINT_RUN_DIR", default_value = "/run/flint", value_name = "DIR")]
     pub run_dir: PathBuf,
-    /// Unix socket of the API, for root and --socket-group [default: <run-dir>/flintd.sock].
+    /// Unix socket of the API, for root and --socket-group [default: `RUN_DIR/flintd.sock`].
     #[arg(long, env = "FLINT_LISTEN", value_name = "PATH")]
     pub listen: Option<PathBuf>,
     /// Numeric group that may use the unix socket beside root.

@@ -90,11 +90,7 @@ fn a_container_over_its_memory_is_oom_killed() {
     let host = Host::start();
     let limit = format!("    resources: {{limits: {{memory: 32Mi}}}}\n{NEVER}");
 
-    host.start_pod(
-        "hungry",
-        "dd if=/dev/zero of=/dev/null bs=200M count=1",
-        &limit,
-    );
+    host.start_pod("hungry", "dd if=/dev/zero of=/dev/null bs=48M count=1", &limit);
     host.flint(["logs", "-f", "hungry"]);
 
     assert_eq!(reason(&host, "hungry"), "OOMKilled", "{}", host.pod("hungry"));

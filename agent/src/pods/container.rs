@@ -136,11 +136,8 @@ impl Container {
             _ => "Error",
         };
         host::Terminated {
-            exit_code: if exit.start_error.is_empty() {
-                exit.exit_code
-            } else {
-                exit.exit_code.max(128)
-            },
+            // What could not be started has a shell's codes, 126 and 127, which tell more than a kubelet's 128.
+            exit_code: exit.exit_code,
             signal: exit.signal,
             reason: reason.into(),
             message: exit.start_error.clone(),

@@ -432,7 +432,7 @@ fn a_program_that_is_missing_is_a_start_error() {
     let end = pod.terminated(0);
     assert_eq!(
         (end.reason.as_str(), end.exit_code, end.message.as_str()),
-        ("StartError", 128, "exec /nope: not found")
+        ("StartError", 127, "exec /nope: not found")
     );
 }
 

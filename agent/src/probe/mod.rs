@@ -8,7 +8,7 @@
 mod kernel;
 mod kvm;
 
-pub use kvm::{Kvm, KvmKind, measure};
+pub use kvm::{Kvm, KvmError, KvmKind, measure};
 
 /// How a check came out.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -76,6 +76,8 @@ impl Host {
             .arg(self.path("run"))
             .arg("--listen")
             .arg(self.socket())
+            // Small enough for a host whose disk is in memory to be filled.
+            .args(["--pod-scratch", "96"])
             .env("FLINT_VMM", bin("flint-vmm"))
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
