@@ -76,7 +76,7 @@ fn default_path() -> Option<PathBuf> {
     std::env::var_os("HOME").map(|home| Path::new(&home).join(".docker/config.json"))
 }
 
-/// Whether docker's key ("host", "https://host", "https://index.docker.io/v1/") names the registry `host`.
+/// Whether docker's key (`host`, `https://host`, `https://index.docker.io/v1/`) names the registry `host`.
 fn names(key: &str, host: &str) -> bool {
     let bare = key.split_once("://").map_or(key, |(_, rest)| rest);
     let bare = bare.split('/').next().unwrap_or(bare);

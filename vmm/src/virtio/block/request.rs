@@ -1,4 +1,4 @@
-//! One block request as types: chain -> [`Parsed`] -> [`Admitted`] -> [`Finished`].
+//! One block request as types: chain -> [`Parsed`] -> [`Pending`] -> [`Finished`].
 //!
 //! ```text
 //!   Chain --parse--> Parsed { pending, command } --admit(disk)--> Pending + Operation --I/O--> finish(status) --> Finished

@@ -421,7 +421,7 @@ impl Caller {
         Ok(Self(stream))
     }
 
-    /// Looks for the line "CONNECT <port>\n", and takes no byte beyond it: what follows is the stream's. `None`: not all of
+    /// Looks for the line `CONNECT <port>\n`, and takes no byte beyond it: what follows is the stream's. `None`: not all of
     /// it is there yet.
     ///
     /// # Errors

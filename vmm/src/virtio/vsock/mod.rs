@@ -1,6 +1,6 @@
 //! virtio-vsock (virtio 1.3, 5.10) in user space: the host's ends of the guest's streams are unix sockets.
 //!
-//! - A host program connects to the bound listening socket, writes "CONNECT <port>\n", reads "OK <host port>\n", and then
+//! - A host program connects to the bound listening socket, writes `CONNECT <port>\n`, reads `OK <host port>\n`, and then
 //!   has a stream to that port of the guest.
 //! - A guest program connects to (CID 2, port): one end of a socket pair goes out by [`Dialer`]; if nobody takes it, the
 //!   guest gets a reset.
