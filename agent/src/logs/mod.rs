@@ -4,6 +4,7 @@
 
 mod cri;
 mod reader;
+mod tail;
 mod writer;
 
 use std::{

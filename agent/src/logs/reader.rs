@@ -11,7 +11,7 @@ use std::{
 use flint_api::host::LogEntry;
 
 use super::{
-    cri,
+    cri, tail,
     writer::{file_name, numbers},
 };
 use crate::pods::system_time;
@@ -19,7 +19,7 @@ use crate::pods::system_time;
 /// Entries in one batch; at 16 KiB an entry this bounds a reader's memory.
 const BATCH: usize = 128;
 /// No entry is longer; a line that is was not written by flintd.
-const MAX_LINE: u64 = (cri::MAX_TEXT + 256) as u64;
+pub(super) const MAX_LINE: u64 = (cri::MAX_TEXT + 256) as u64;
 
 /// Reader of one run's log.
 #[derive(Debug)]
@@ -29,8 +29,6 @@ pub struct RunReader {
     opened: VecDeque<(u64, File)>,
     current: Option<(u64, BufReader<File>)>,
     since: Option<SystemTime>,
-    /// Entries to pass over, for a tail.
-    skip: u64,
 }
 
 impl RunReader {
@@ -41,20 +39,15 @@ impl RunReader {
             opened: VecDeque::new(),
             current: None,
             since,
-            skip: 0,
         };
         reader.open_files(0)?;
-        if let Some(tail) = tail {
-            let mut counting = Self {
-                folder: folder.to_owned(),
-                opened: VecDeque::new(),
-                current: None,
-                since,
-                skip: 0,
-            };
-            counting.open_files(0)?;
-            let (entries, keep) = counting.count(tail)?;
-            reader.skip = entries - keep;
+        if let Some(lines) = tail {
+            // A place in files that stay open, not a number of entries: rotation takes entries away under a reader.
+            let (older, at) = tail::begin(&reader.opened, lines)?;
+            reader.opened.drain(..older);
+            if let Some((_, file)) = reader.opened.front_mut() {
+                file.seek(io::SeekFrom::Start(at))?;
+            }
         }
         Ok(reader)
     }
@@ -75,42 +68,13 @@ impl RunReader {
         Ok(())
     }
 
-    /// How many entries there are, and how many of the last make up `tail` lines. Parts belong to the line they begin.
-    fn count(&mut self, tail: u64) -> io::Result<(u64, u64)> {
-        let (mut entries, mut lines) = (0_u64, 0_u64);
-        // Entry index at which each of the last lines begins; the log is bounded, and so is this.
-        let mut begins: VecDeque<u64> = VecDeque::new();
-        let mut line_begins = true;
-        while let Some(entry) = self.next_entry()? {
-            if line_begins {
-                lines += 1;
-                begins.push_back(entries);
-                if begins.len() as u64 > tail {
-                    begins.pop_front();
-                }
-            }
-            line_begins = entry.line.ends_with(b"\n");
-            entries += 1;
-        }
-        let first = if lines <= tail {
-            0
-        } else {
-            begins.front().copied().unwrap_or(entries)
-        };
-        Ok((entries, entries - first))
-    }
-
     /// The next entries; none means that there are no more just now.
     pub fn batch(&mut self) -> io::Result<Vec<LogEntry>> {
         let mut batch = Vec::new();
         while batch.len() < BATCH
             && let Some(entry) = self.next_entry()?
         {
-            if self.skip > 0 {
-                self.skip -= 1;
-            } else {
-                batch.push(entry);
-            }
+            batch.push(entry);
         }
         Ok(batch)
     }
@@ -253,6 +217,57 @@ mod tests {
         }
         read += &all(&mut reader);
         assert_eq!(read, wrote);
+    }
+
+    /// Writes numbered lines until the file that was written to before is rotated away.
+    fn flood(writer: &mut RunWriter, folder: &Path, lines: &mut std::ops::RangeFrom<u32>) {
+        let youngest = *numbers(folder).unwrap().last().unwrap();
+        while numbers(folder).unwrap()[0] <= youngest {
+            write(writer, 1, &format!("line {}\n", lines.next().unwrap()));
+        }
+    }
+
+    #[test]
+    fn a_tail_that_is_overtaken_goes_on_at_what_is_still_there_and_comes_to_the_end() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut writer = RunWriter::with_limit(folder.path(), 300).unwrap();
+        let mut lines = 0..;
+        flood(&mut writer, folder.path(), &mut lines);
+        let last = lines.start - 1;
+        let mut reader = RunReader::open(folder.path(), Some(1), None).unwrap();
+        // Nothing is read while all that was there is rotated away, twice.
+        flood(&mut writer, folder.path(), &mut lines);
+        flood(&mut writer, folder.path(), &mut lines);
+        write(&mut writer, 1, "the end\n");
+        let read = all(&mut reader);
+        assert!(read.starts_with(&format!("line {last}\n")), "{read}");
+        assert!(
+            read.ends_with(&format!("line {}\nthe end\n", lines.start - 1)),
+            "{read}"
+        );
+        let kept = all(&mut RunReader::open(folder.path(), None, None).unwrap());
+        assert!(read.ends_with(&kept), "{read}");
+        // And on, when it has caught up.
+        write(&mut writer, 1, "after the end\n");
+        assert_eq!(all(&mut reader), "after the end\n");
+    }
+
+    #[test]
+    fn a_tail_goes_back_over_rotations() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut writer = RunWriter::with_limit(folder.path(), 100).unwrap();
+        for count in 0..7 {
+            write(&mut writer, 1, &format!("line {count}\n"));
+        }
+        // Three entries make a file: the youngest holds one.
+        assert_eq!(numbers(folder.path()).unwrap(), [0, 1, 2]);
+        for tail in 0..=8 {
+            let expected: String = (7_u64.saturating_sub(tail)..7)
+                .map(|count| format!("line {count}\n"))
+                .collect();
+            let read = all(&mut RunReader::open(folder.path(), Some(tail), None).unwrap());
+            assert_eq!(read, expected, "tail {tail}");
+        }
     }
 
     #[test]
