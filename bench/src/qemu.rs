@@ -15,7 +15,7 @@ use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, VsockAddr, ac
 use crate::Error;
 
 /// What flintd tells the guest's kernel, less what only its own devices need.
-pub const CMDLINE: &str = "console=ttyS0 quiet reboot=k panic=-1";
+pub const CMDLINE: &str = "console=ttyS0 quiet panic=-1 pci=off";
 /// Any context id will do; only one machine runs at a time.
 const GUEST_CID: u32 = 5005;
 /// VMADDR_CID_ANY (vsock(7)).
