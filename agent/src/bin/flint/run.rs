@@ -273,6 +273,9 @@ async fn finish(client: &Client, pod: &Pod, result: Result<Pod, Failure>, remove
 
 fn ending(pod: &Pod) -> Result<u8, Failure> {
     let status = pod.status.clone().unwrap_or_default();
+    if status.started_at.is_none() {
+        return Err(Failure::new(format!("{}: {}", status.reason, status.message)));
+    }
     let Some(terminated) = status.containers.first().and_then(terminated) else {
         return Err(Failure::new(format!(
             "the pod ended before its container ran: {}",
