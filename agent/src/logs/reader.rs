@@ -253,6 +253,30 @@ mod tests {
     }
 
     #[test]
+    fn a_tail_that_is_opened_in_a_flood_comes_to_its_end() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut writer = RunWriter::with_limit(folder.path(), 300).unwrap();
+        let readers: Vec<_> = std::thread::scope(|scope| {
+            let (begun, begin) = std::sync::mpsc::channel();
+            scope.spawn(move || {
+                for count in 0..20_000 {
+                    write(&mut writer, 1, &format!("line {count}\n"));
+                    if count == 100 {
+                        begun.send(()).unwrap();
+                    }
+                }
+                write(&mut writer, 1, "the end\n");
+            });
+            begin.recv().unwrap();
+            (0..50).map(|_| RunReader::open(folder.path(), Some(1), None)).collect()
+        });
+        for reader in readers {
+            let read = all(&mut reader.unwrap());
+            assert!(read.ends_with("the end\n"), "{read}");
+        }
+    }
+
+    #[test]
     fn a_tail_goes_back_over_rotations() {
         let folder = tempfile::tempdir().unwrap();
         let mut writer = RunWriter::with_limit(folder.path(), 100).unwrap();
