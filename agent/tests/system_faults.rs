@@ -121,7 +121,7 @@ fn a_flood_of_output_is_bounded_and_complete_at_its_end() {
     let host = Host::start();
     host.start_pod(
         "flood",
-        "yes abcdefghijklmnopqrstuvwxyz | head -c 30000000; echo; echo the end",
+        "yes abcdefghijklmnopqrstuvwxyz | head -c 12000000; echo; echo the end",
         NEVER,
     );
 
