@@ -11,13 +11,15 @@
 use std::sync::{Arc, Mutex};
 
 use kvm_ioctls::{IoEventAddress, VmFd};
+use prost::{DecodeError, Message};
 use thiserror::Error;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::acpi::VirtioWindow;
 use crate::bus::{self, Bus};
 use crate::memory::{GuestMemory, VIRTIO_BASE, VIRTIO_WINDOW};
-use crate::virtio::mmio::DeviceInfo;
+use crate::virtio::core::lock;
+use crate::virtio::mmio::{DeviceInfo, MmioState};
 use crate::virtio::{Device, DeviceError, DeviceHandle, MmioTransport, ThreadHook};
 
 const FIRST_IRQ: u32 = 5;
@@ -68,12 +70,42 @@ pub trait AnyDevice: Send {
     fn resume(&self) -> Result<(), DeviceError>;
     /// What went wrong so far, by name.
     fn counters(&self) -> Vec<(&'static str, u64)>;
+    /// Saves the device, which must be paused.
+    ///
+    /// # Errors
+    /// It is not.
+    fn save(&self) -> Result<DeviceRecord, DeviceError>;
+    /// Gives the device a saved state, and leaves it paused.
+    ///
+    /// # Errors
+    /// The state is another device's, or contradicts itself.
+    fn restore(&self, record: &DeviceRecord) -> Result<(), DeviceError>;
+}
+
+/// A virtio device in a saved machine.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct DeviceRecord {
+    /// As its counters begin.
+    #[prost(string, tag = "1")]
+    pub name: String,
+    /// Virtio device id (virtio 1.3, section 5).
+    #[prost(uint32, tag = "2")]
+    pub device_id: u32,
+    /// Its registers.
+    #[prost(message, optional, tag = "3")]
+    pub registers: Option<MmioState>,
+    /// Its own state: a [`Device::State`].
+    #[prost(bytes = "vec", tag = "4")]
+    pub state: Vec<u8>,
 }
 
 /// A device in its place.
 pub struct Slot<D: Device> {
     name: String,
+    device_id: u32,
     handle: Arc<DeviceHandle<D>>,
+    transport: Arc<Mutex<MmioTransport>>,
+    memory: GuestMemory,
 }
 
 impl<D: Device> Slot<D> {
@@ -101,6 +133,31 @@ impl<D: Device> AnyDevice for Slot<D> {
 
     fn counters(&self) -> Vec<(&'static str, u64)> {
         self.handle.core().counters.all()
+    }
+
+    fn save(&self) -> Result<DeviceRecord, DeviceError> {
+        Ok(DeviceRecord {
+            name: self.name.clone(),
+            device_id: self.device_id,
+            // After the device's part: an interrupt that it raises on its way to rest is among its registers then.
+            state: self.handle.save()?.encode_to_vec(),
+            registers: Some(lock(&self.transport).save()),
+        })
+    }
+
+    fn restore(&self, record: &DeviceRecord) -> Result<(), DeviceError> {
+        if (&record.name, record.device_id) != (&self.name, self.device_id) {
+            return Err(DeviceError::State(format!(
+                "the snapshot has {} of virtio id {} in its place",
+                record.name, record.device_id
+            )));
+        }
+        let unreadable = |error: DecodeError| DeviceError::State(error.to_string());
+        let state = D::State::decode(&record.state[..]).map_err(unreadable)?;
+        let registers = record.registers.clone();
+        let registers = registers.ok_or_else(|| DeviceError::State("its registers are missing".to_owned()))?;
+        self.handle.restore(state, self.memory.clone())?;
+        lock(&self.transport).restore(registers)
     }
 }
 
@@ -142,15 +199,23 @@ impl<'a> Builder<'a> {
                 name: name.clone(),
                 source,
             })?;
+        let device_id = info.device_id;
         let transport = MmioTransport::new(info, handle.clone(), core, self.memory.clone());
+        let transport = Arc::new(Mutex::new(transport));
         self.bus
-            .insert(window.base.into(), VIRTIO_WINDOW, Arc::new(Mutex::new(transport)))
+            .insert(window.base.into(), VIRTIO_WINDOW, transport.clone())
             .map_err(|source| Error::Window {
                 name: name.clone(),
                 source,
             })?;
         self.windows.push(window);
-        Ok(Slot { name, handle })
+        Ok(Slot {
+            name,
+            device_id,
+            handle,
+            transport,
+            memory: self.memory.clone(),
+        })
     }
 
     /// All windows, for the ACPI tables.

@@ -481,7 +481,7 @@ fn add_disks(builder: &mut Builder<'_>, disks: &[Disk]) -> Result<Vec<Slot<Block
 
 fn add_nets(builder: &mut Builder<'_>, macs: &[[u8; 6]]) -> Result<Vec<Slot<Net>>, Error> {
     let macs = macs.iter().enumerate();
-    macs.map(|(index, mac)| add(builder, &format!("net{index}"), Net::new(NetSlot { mac: *mac })))
+    macs.map(|(index, mac)| add(builder, &format!("net{index}"), Net::new(&NetSlot { mac: *mac })))
         .collect()
 }
 

@@ -83,6 +83,12 @@ impl Core {
         self.needs_reset.load(Ordering::Acquire)
     }
 
+    /// As it was saved, without an interrupt.
+    pub(crate) fn restore(&self, needs_reset: bool) {
+        self.reset();
+        self.needs_reset.store(needs_reset, Ordering::Release);
+    }
+
     /// Back to what it is before a driver came.
     pub(crate) fn reset(&self) {
         self.needs_reset.store(false, Ordering::Release);

@@ -1,9 +1,9 @@
 //! What a virtio device is to its thread.
 
-use std::fmt::Debug;
 use std::io;
 use std::sync::Arc;
 
+use prost::Message;
 use virtio_queue::QueueState;
 use vm_memory::GuestMemoryError;
 use vmm_sys_util::epoll::EventSet;
@@ -130,7 +130,7 @@ impl Guest {
         GuestState {
             features: self.features,
             queues: queues
-                .map(|(queue, saved)| queue.as_ref().map_or(*saved, VirtQueue::state))
+                .map(|(queue, saved)| queue.as_ref().map_or(*saved, VirtQueue::state).into())
                 .collect(),
         }
     }
@@ -139,7 +139,7 @@ impl Guest {
     ///
     /// # Errors
     /// When the queues do not fit the memory.
-    pub fn restore(state: &GuestState, memory: GuestMemory, core: &Arc<Core>) -> Result<Self, DeviceError> {
+    pub fn restore(state: GuestState, memory: GuestMemory, core: &Arc<Core>) -> Result<Self, DeviceError> {
         if state.queues.len() != core.notify().len() {
             return Err(DeviceError::State(format!(
                 "{} queues saved, {} expected",
@@ -147,11 +147,12 @@ impl Guest {
                 core.notify().len()
             )));
         }
+        let queues = state.queues.into_iter().map(QueueState::try_from);
         Self::new(
             Activation {
                 memory,
                 features: state.features,
-                queues: state.queues.clone(),
+                queues: queues.collect::<Result<_, _>>()?,
             },
             core,
         )
@@ -159,20 +160,91 @@ impl Guest {
 }
 
 /// The driver's side of a device in a saved machine. Absent in a device's state: no driver had come.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Clone, PartialEq, prost::Message)]
 pub struct GuestState {
     /// Negotiated features.
+    #[prost(uint64, tag = "1")]
     pub features: u64,
     /// The queues by index.
-    pub queues: Vec<QueueState>,
+    #[prost(message, repeated, tag = "2")]
+    pub queues: Vec<QueueRecord>,
+}
+
+/// A queue in a saved machine: set-up and where the device stands in the rings.
+#[derive(Clone, Copy, PartialEq, prost::Message)]
+pub struct QueueRecord {
+    /// The largest size on offer.
+    #[prost(uint32, tag = "1")]
+    pub max_size: u32,
+    /// What is taken next from the available ring.
+    #[prost(uint32, tag = "2")]
+    pub next_available: u32,
+    /// Where the next used element goes.
+    #[prost(uint32, tag = "3")]
+    pub next_used: u32,
+    /// VIRTIO_F_EVENT_IDX was negotiated.
+    #[prost(bool, tag = "4")]
+    pub event_idx: bool,
+    /// The size that the driver chose.
+    #[prost(uint32, tag = "5")]
+    pub size: u32,
+    /// The driver made it ready.
+    #[prost(bool, tag = "6")]
+    pub ready: bool,
+    /// Descriptor table.
+    #[prost(uint64, tag = "7")]
+    pub descriptors: u64,
+    /// Available ring.
+    #[prost(uint64, tag = "8")]
+    pub available: u64,
+    /// Used ring.
+    #[prost(uint64, tag = "9")]
+    pub used: u64,
+}
+
+impl From<QueueState> for QueueRecord {
+    fn from(state: QueueState) -> Self {
+        Self {
+            max_size: state.max_size.into(),
+            next_available: state.next_avail.into(),
+            next_used: state.next_used.into(),
+            event_idx: state.event_idx_enabled,
+            size: state.size.into(),
+            ready: state.ready,
+            descriptors: state.desc_table,
+            available: state.avail_ring,
+            used: state.used_ring,
+        }
+    }
+}
+
+impl TryFrom<QueueRecord> for QueueState {
+    type Error = DeviceError;
+
+    fn try_from(record: QueueRecord) -> Result<Self, DeviceError> {
+        let short = |name: &str, value: u32| {
+            u16::try_from(value).map_err(|_| DeviceError::State(format!("a queue's {name} is {value}")))
+        };
+        Ok(Self {
+            max_size: short("largest size", record.max_size)?,
+            next_avail: short("available index", record.next_available)?,
+            next_used: short("used index", record.next_used)?,
+            event_idx_enabled: record.event_idx,
+            size: short("size", record.size)?,
+            ready: record.ready,
+            desc_table: record.descriptors,
+            avail_ring: record.available,
+            used_ring: record.used,
+        })
+    }
 }
 
 /// A virtio device. It is owned by one thread ([`super::worker`]), which calls these in turn.
 pub trait Device: Send + 'static {
     /// What is put behind the slot.
     type Resource: Send + 'static;
-    /// What is saved.
-    type State: Send + Clone + Debug + PartialEq + 'static;
+    /// What is saved: a message, so that what is added to it later does not end older snapshots.
+    type State: Message + Default + Clone + PartialEq + 'static;
 
     /// Which system call filter the device's thread gets.
     const KIND: ThreadKind;
@@ -230,4 +302,11 @@ pub trait Device: Send + 'static {
 
     /// Saves a quiet device.
     fn save(&self) -> Self::State;
+
+    /// Takes a saved driver's side over, in place of what there was. What is bound stays bound. The device is left quiet:
+    /// [`Self::resume`] lets it look at its queues.
+    ///
+    /// # Errors
+    /// When the state contradicts itself or the device; the device is as after a reset then.
+    fn restore(&mut self, state: Self::State, memory: GuestMemory) -> Result<(), DeviceError>;
 }

@@ -60,40 +60,54 @@ impl DeviceInfo {
 }
 
 /// What a driver has written so far.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Clone, PartialEq, prost::Message)]
 pub struct MmioState {
     /// Device status.
+    #[prost(uint32, tag = "1")]
     pub status: u32,
     /// Features that the driver accepted.
+    #[prost(uint64, tag = "2")]
     pub driver_features: u64,
     /// Selectors.
+    #[prost(uint32, tag = "3")]
     pub device_features_select: u32,
     /// Which half of the driver's features is written.
+    #[prost(uint32, tag = "4")]
     pub driver_features_select: u32,
     /// Which queue the queue registers mean.
+    #[prost(uint32, tag = "5")]
     pub queue_select: u32,
     /// Queue set-up.
+    #[prost(message, repeated, tag = "6")]
     pub queues: Vec<QueueRegisters>,
     /// InterruptStatus.
+    #[prost(uint32, tag = "7")]
     pub interrupt_status: u32,
     /// ConfigGeneration.
+    #[prost(uint32, tag = "8")]
     pub config_generation: u32,
     /// DEVICE_NEEDS_RESET.
+    #[prost(bool, tag = "9")]
     pub needs_reset: bool,
 }
 
 /// The registers of one queue.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, PartialEq, prost::Message)]
 pub struct QueueRegisters {
     /// QueueNum.
+    #[prost(uint32, tag = "1")]
     pub size: u32,
     /// QueueReady.
+    #[prost(bool, tag = "2")]
     pub ready: bool,
     /// QueueDesc.
+    #[prost(uint64, tag = "3")]
     pub descriptors: u64,
     /// QueueDriver.
+    #[prost(uint64, tag = "4")]
     pub driver: u64,
     /// QueueDevice.
+    #[prost(uint64, tag = "5")]
     pub device: u64,
 }
 
@@ -138,37 +152,27 @@ impl MmioTransport {
         }
     }
 
-    /// Registers as they were saved, in front of a device that was restored by itself. An interrupt that was pending is
-    /// raised again: its edge was lost with the old machine.
-    pub fn restore(
-        state: &MmioState,
-        info: DeviceInfo,
-        control: Arc<dyn DeviceControl>,
-        core: Arc<Core>,
-        memory: GuestMemory,
-    ) -> Result<Self, super::DeviceError> {
-        if state.queues.len() != info.queue_sizes.len() {
+    /// Takes saved registers over; the device takes its own part. An interrupt that was pending is raised again: its edge
+    /// was lost with the old machine.
+    ///
+    /// # Errors
+    /// The state is another device's.
+    pub fn restore(&mut self, state: MmioState) -> Result<(), super::DeviceError> {
+        if state.queues.len() != self.info.queue_sizes.len() {
             let message = format!(
                 "{} queues saved, {} expected",
                 state.queues.len(),
-                info.queue_sizes.len()
+                self.info.queue_sizes.len()
             );
             return Err(super::DeviceError::State(message));
         }
-        core.config.set_generation(state.config_generation);
-        if state.needs_reset {
-            core.demand_reset();
-        }
+        self.core.restore(state.needs_reset);
+        self.core.config.set_generation(state.config_generation);
         if state.interrupt_status != 0 {
-            core.interrupt.trigger(state.interrupt_status);
+            self.core.interrupt.trigger(state.interrupt_status);
         }
-        Ok(Self {
-            info,
-            control,
-            core,
-            memory,
-            state: state.clone(),
-        })
+        self.state = state;
+        Ok(())
     }
 
     fn offered(&self) -> u64 {

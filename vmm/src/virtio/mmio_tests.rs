@@ -251,13 +251,8 @@ fn save_restore_save_is_equal_and_a_pending_interrupt_is_raised_again() {
     transport.core().change_config(|config| config[0] = 9);
     let saved = transport.save();
     let core = Arc::new(Core::new(2, vec![0; 8]).unwrap());
-    let restored = MmioTransport::restore(
-        &saved,
-        info(),
-        recorder,
-        core.clone(),
-        Arc::<GuestMemoryMmap>::clone(&memory()),
-    );
-    assert_eq!(restored.unwrap().save(), saved);
+    let mut restored = MmioTransport::new(info(), recorder, core.clone(), Arc::<GuestMemoryMmap>::clone(&memory()));
+    restored.restore(saved.clone()).unwrap();
+    assert_eq!(restored.save(), saved);
     assert_eq!(core.interrupt.irq().read().unwrap(), 1);
 }

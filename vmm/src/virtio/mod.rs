@@ -9,7 +9,8 @@
 //! ```
 //!
 //! - [`mmio`]: registers, status machine, feature negotiation: all that is the same for every device.
-//! - [`worker`]: the thread that owns a [`device::Device`]; its commands are activate, reset, bind, pause, resume, save.
+//! - [`worker`]: the thread that owns a [`device::Device`]; its commands are activate, reset, bind, pause, resume,
+//!   save, restore.
 //! - [`queue`] and [`chain`]: rings and descriptors. Descriptors are read once, into owned values, and checked there.
 //! - [`block`], [`net`], [`vsock`], [`rng`]: the devices; each has the same parts in the same order: config space, state,
 //!   activate, process, save and restore.

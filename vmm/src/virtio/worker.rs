@@ -19,6 +19,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::core::{Core, clear, raise};
 use super::device::{Activation, Device, DeviceError};
+use crate::memory::GuestMemory;
 
 /// Which system call filter a device's thread gets.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -52,6 +53,7 @@ enum Command<D: Device> {
     Pause(Reply<()>),
     Resume(Reply<()>),
     Save(Reply<D::State>),
+    Restore(D::State, GuestMemory, Reply<()>),
     Stop,
 }
 
@@ -159,6 +161,14 @@ impl<D: Device> DeviceHandle<D> {
     /// When it is not.
     pub fn save(&self) -> Result<D::State, DeviceError> {
         self.ask(Command::Save)
+    }
+
+    /// Gives the device a saved state and leaves it paused.
+    ///
+    /// # Errors
+    /// When the state does not fit the device.
+    pub fn restore(&self, state: D::State, memory: GuestMemory) -> Result<(), DeviceError> {
+        self.ask(|reply| Command::Restore(state, memory, reply))
     }
 
     fn ask<T>(&self, command: impl FnOnce(Reply<T>) -> Command<D>) -> Result<T, DeviceError> {
@@ -289,6 +299,10 @@ impl<D: Device> Worker<D> {
                 }
                 Command::Save(reply) => {
                     let _ = reply.send(self.save());
+                }
+                Command::Restore(state, memory, reply) => {
+                    self.paused = true;
+                    let _ = reply.send(self.device.restore(state, memory));
                 }
                 Command::Stop => self.stopped = true,
             }

@@ -123,20 +123,11 @@ pub struct Block {
 }
 
 /// What is saved of a block device.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Clone, PartialEq, prost::Message)]
 pub struct BlockState {
-    /// The slot.
-    pub slot: BlockSlot,
     /// The driver's side.
+    #[prost(message, optional, tag = "1")]
     pub guest: Option<GuestState>,
-}
-
-/// What a restored block device gets anew.
-pub struct BlockResources {
-    /// Guest memory.
-    pub memory: GuestMemory,
-    /// What lies behind the slot.
-    pub disk: Option<BlockResource>,
 }
 
 impl Block {
@@ -465,27 +456,14 @@ impl Device for Block {
 
     fn save(&self) -> BlockState {
         BlockState {
-            slot: self.slot.clone(),
             guest: self.guest.as_ref().map(Guest::state),
         }
     }
-}
 
-// ---- restore
-
-impl Block {
-    /// A device as it was saved; [`super::DeviceHandle::resume`] lets it look at its queues.
-    ///
-    /// # Errors
-    /// When state and resources do not fit each other.
-    pub fn restore(state: &BlockState, resources: BlockResources) -> Result<Self, DeviceError> {
-        let mut device = Self::new(state.slot.clone())?;
-        if let Some(disk) = resources.disk {
-            device.bind(disk)?;
-        }
-        if let Some(guest) = &state.guest {
-            device.guest = Some(Guest::restore(guest, resources.memory, &device.core)?);
-        }
-        Ok(device)
+    fn restore(&mut self, state: BlockState, memory: GuestMemory) -> Result<(), DeviceError> {
+        self.reset();
+        let guest = state.guest.map(|guest| Guest::restore(guest, memory, &self.core));
+        self.guest = guest.transpose()?;
+        Ok(())
     }
 }

@@ -464,11 +464,9 @@ fn save_restore_save_is_equal_and_the_restored_device_goes_on() {
     rig.request(blk::VIRTIO_BLK_T_IN, 0, &[(DATA, 512, WRITE)]);
     let saved = rig.device.save();
     let disk = BlockResource::raw_file(rig.file.try_clone().unwrap(), false, RateLimit::default()).unwrap();
-    let resources = BlockResources {
-        memory: rig.memory.clone(),
-        disk: Some(disk),
-    };
-    rig.device = Block::restore(&saved, resources).unwrap();
+    rig.device = Block::new(rig.device.slot.clone()).unwrap();
+    rig.device.restore(saved.clone(), rig.memory.clone()).unwrap();
+    rig.device.bind(disk).unwrap();
     assert_eq!(rig.device.save(), saved);
     assert_eq!(rig.request(blk::VIRTIO_BLK_T_IN, 1, &[(DATA, 512, WRITE)]).0, 0);
 }

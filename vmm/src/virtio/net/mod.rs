@@ -174,7 +174,6 @@ impl Bound {
 /// A network device.
 pub struct Net {
     core: Arc<Core>,
-    slot: NetSlot,
     bound: Option<Bound>,
     guest: Option<Guest>,
     rx_frame: Frame,
@@ -182,22 +181,14 @@ pub struct Net {
 }
 
 /// What is saved of a network device.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Clone, PartialEq, prost::Message)]
 pub struct NetState {
-    /// The slot.
-    pub slot: NetSlot,
     /// The driver's side.
+    #[prost(message, optional, tag = "1")]
     pub guest: Option<GuestState>,
     /// A frame with its header that waits for the driver's buffers; empty: none.
+    #[prost(bytes = "vec", tag = "2")]
     pub rx_frame: Vec<u8>,
-}
-
-/// What a restored network device gets anew.
-pub struct NetResources {
-    /// Guest memory.
-    pub memory: GuestMemory,
-    /// What lies behind the slot.
-    pub net: Option<NetResource>,
 }
 
 impl Net {
@@ -205,11 +196,10 @@ impl Net {
     ///
     /// # Errors
     /// When the process is out of file descriptors.
-    pub fn new(slot: NetSlot) -> Result<Self, DeviceError> {
+    pub fn new(slot: &NetSlot) -> Result<Self, DeviceError> {
         let core = Core::new(2, slot.config()).map_err(DeviceError::host("make eventfds"))?;
         Ok(Self {
             core: Arc::new(core),
-            slot,
             bound: None,
             guest: None,
             rx_frame: Frame::empty(),
@@ -392,29 +382,21 @@ impl Device for Net {
 
     fn save(&self) -> NetState {
         NetState {
-            slot: self.slot.clone(),
             guest: self.guest.as_ref().map(Guest::state),
             rx_frame: self.rx_frame.bytes().to_vec(),
         }
     }
-}
 
-// ---- restore
-
-impl Net {
-    /// A device as it was saved; [`super::DeviceHandle::resume`] lets it look at its queues and its tap.
-    ///
-    /// # Errors
-    /// When state and resources do not fit each other.
-    pub fn restore(state: &NetState, resources: NetResources) -> Result<Self, DeviceError> {
-        let mut device = Self::new(state.slot.clone())?;
-        if let Some(guest) = &state.guest {
-            device.guest = Some(Guest::restore(guest, resources.memory, &device.core)?);
+    fn restore(&mut self, state: NetState, memory: GuestMemory) -> Result<(), DeviceError> {
+        self.reset();
+        let frame = Frame::restore(&state.rx_frame)?;
+        let Some(guest) = state.guest else { return Ok(()) };
+        let guest = Guest::restore(guest, memory, &self.core)?;
+        if let Some(bound) = &self.bound {
+            bound.tap.offload(guest.features)?;
         }
-        device.rx_frame = Frame::restore(&state.rx_frame)?;
-        if let Some(resource) = resources.net {
-            device.bind(resource)?;
-        }
-        Ok(device)
+        self.guest = Some(guest);
+        self.rx_frame = frame;
+        Ok(())
     }
 }

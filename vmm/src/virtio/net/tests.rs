@@ -23,7 +23,7 @@ fn rig(features: u64) -> Rig {
     let memory = memory();
     let rx = TestQueue::new(&memory, RX_RINGS, QUEUE_SIZE);
     let tx = TestQueue::new(&memory, TX_RINGS, QUEUE_SIZE);
-    let mut device = Net::new(NetSlot { mac: MAC }).unwrap();
+    let mut device = Net::new(&NetSlot { mac: MAC }).unwrap();
     device.activate(activation(&memory, features, &[&rx, &tx])).unwrap();
     Rig { memory, rx, tx, device }
 }
@@ -356,7 +356,7 @@ fn a_second_tap_and_what_is_no_tap_are_refused() {
             RateLimit::default(),
         )
     };
-    let mut device = Net::new(NetSlot { mac: MAC }).unwrap();
+    let mut device = Net::new(&NetSlot { mac: MAC }).unwrap();
     device.bind(resource()).unwrap();
     assert!(matches!(device.bind(resource()), Err(DeviceError::AlreadyBound)));
 }
@@ -371,25 +371,20 @@ fn save_restore_save_is_equal_and_a_frame_in_hand_is_not_lost() {
     let saved = rig.device.save();
     assert_eq!(saved.rx_frame.len(), 312);
     let bound = rig.device.bound.take().unwrap();
-    let resources = NetResources {
-        memory: rig.memory.clone(),
-        net: Some(limited(bound.tap, RateLimit::default())),
-    };
-    rig.device = Net::restore(&saved, resources).unwrap();
+    rig.device = Net::new(&NetSlot { mac: MAC }).unwrap();
+    rig.device.restore(saved.clone(), rig.memory.clone()).unwrap();
+    rig.device.bind(limited(bound.tap, RateLimit::default())).unwrap();
     assert_eq!(rig.device.save(), saved);
     rig.rx.add(&[(DATA + 0x1000, 0x1000, WRITE)]);
     rig.device.resume().unwrap();
     assert_eq!(rig.rx.used(), [(0, 100), (1, 212)]);
     for bytes in [vec![0; 3], vec![0; MAX_FRAME_BYTES + 1]] {
-        let resources = NetResources {
-            memory: rig.memory.clone(),
-            net: None,
-        };
         let state = NetState {
             rx_frame: bytes,
             ..saved.clone()
         };
-        assert!(matches!(Net::restore(&state, resources), Err(DeviceError::State(_))));
+        let refused = rig.device.restore(state, rig.memory.clone());
+        assert!(matches!(refused, Err(DeviceError::State(_))));
     }
 }
 

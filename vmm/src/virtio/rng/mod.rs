@@ -30,18 +30,11 @@ pub struct Rng {
 }
 
 /// What is saved of an entropy device.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Clone, PartialEq, prost::Message)]
 pub struct RngState {
     /// The driver's side.
+    #[prost(message, optional, tag = "1")]
     pub guest: Option<GuestState>,
-}
-
-/// What a restored entropy device gets anew.
-pub struct RngResources {
-    /// Guest memory.
-    pub memory: GuestMemory,
-    /// How much the guest may draw.
-    pub limit: RateLimit,
 }
 
 impl Rng {
@@ -181,21 +174,12 @@ impl Device for Rng {
             guest: self.guest.as_ref().map(Guest::state),
         }
     }
-}
 
-// ---- restore
-
-impl Rng {
-    /// A device as it was saved.
-    ///
-    /// # Errors
-    /// When state and resources do not fit each other.
-    pub fn restore(state: &RngState, resources: RngResources) -> Result<Self, DeviceError> {
-        let mut device = Self::new(resources.limit)?;
-        if let Some(guest) = &state.guest {
-            device.guest = Some(Guest::restore(guest, resources.memory, &device.core)?);
-        }
-        Ok(device)
+    fn restore(&mut self, state: RngState, memory: GuestMemory) -> Result<(), DeviceError> {
+        self.reset();
+        let guest = state.guest.map(|guest| Guest::restore(guest, memory, &self.core));
+        self.guest = guest.transpose()?;
+        Ok(())
     }
 }
 
@@ -256,13 +240,8 @@ mod tests {
         queue.add(&[(0x10000, 16, WRITE)]);
         device.queue_event(0).unwrap();
         let saved = device.save();
-        let restored = Rng::restore(
-            &saved,
-            RngResources {
-                memory,
-                limit: RateLimit::default(),
-            },
-        );
-        assert_eq!(restored.unwrap().save(), saved);
+        let mut restored = Rng::new(RateLimit::default()).unwrap();
+        restored.restore(saved.clone(), memory).unwrap();
+        assert_eq!(restored.save(), saved);
     }
 }

@@ -83,23 +83,12 @@ pub struct Vsock {
     announce_reset: bool,
 }
 
-/// What is saved of a vsock device.
-#[derive(Debug, Clone, PartialEq, Eq)]
+/// What is saved of a vsock device. Its streams are not: their other ends belong to host programs.
+#[derive(Clone, PartialEq, prost::Message)]
 pub struct VsockState {
-    /// The guest's context id.
-    pub guest_cid: u64,
     /// The driver's side.
+    #[prost(message, optional, tag = "1")]
     pub guest: Option<GuestState>,
-}
-
-/// What a restored vsock device gets anew.
-pub struct VsockResources {
-    /// Guest memory.
-    pub memory: GuestMemory,
-    /// The context id, which may differ from the saved one.
-    pub guest_cid: u64,
-    /// What lies behind the slot.
-    pub sockets: Option<VsockResource>,
 }
 
 impl Vsock {
@@ -481,28 +470,16 @@ impl Device for Vsock {
 
     fn save(&self) -> VsockState {
         VsockState {
-            guest_cid: self.guest_cid,
             guest: self.guest.as_ref().map(Guest::state),
         }
     }
-}
 
-// ---- restore
-
-impl Vsock {
-    /// A device as it was saved, with no stream; the driver is told of that.
-    ///
-    /// # Errors
-    /// When state and resources do not fit each other.
-    pub fn restore(state: &VsockState, resources: VsockResources) -> Result<Self, DeviceError> {
-        let mut device = Self::new(resources.guest_cid)?;
-        if let Some(sockets) = resources.sockets {
-            device.bind(sockets)?;
-        }
-        if let Some(guest) = &state.guest {
-            device.guest = Some(Guest::restore(guest, resources.memory, &device.core)?);
-            device.announce_reset = true;
-        }
-        Ok(device)
+    /// The driver is told that its streams are gone, and that its context id may be another one (5.10.6.7).
+    fn restore(&mut self, state: VsockState, memory: GuestMemory) -> Result<(), DeviceError> {
+        self.reset();
+        let guest = state.guest.map(|guest| Guest::restore(guest, memory, &self.core));
+        self.guest = guest.transpose()?;
+        self.announce_reset = self.guest.is_some();
+        Ok(())
     }
 }

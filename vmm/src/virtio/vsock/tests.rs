@@ -296,12 +296,8 @@ fn save_restore_save_is_equal_and_the_driver_hears_of_lost_streams() {
     let mut rig = rig();
     rig.send(packet(Op::Request, 1024, 1), &[]);
     let saved = rig.device.save();
-    let resources = VsockResources {
-        memory: rig.memory.clone(),
-        guest_cid: CID,
-        sockets: None,
-    };
-    rig.device = Vsock::restore(&saved, resources).unwrap();
+    rig.device = Vsock::new(CID).unwrap();
+    rig.device.restore(saved.clone(), rig.memory.clone()).unwrap();
     assert_eq!(rig.device.save(), saved);
     // The driver gives event buffers late; it is told as soon as it does.
     rig.device.resume().unwrap();
