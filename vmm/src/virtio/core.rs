@@ -26,6 +26,8 @@ pub struct Core {
     notify: Vec<EventFd>,
     epoll: Epoll,
     needs_reset: AtomicBool,
+    driver_ok: AtomicBool,
+    change_untold: AtomicBool,
 }
 
 impl Core {
@@ -47,6 +49,8 @@ impl Core {
             notify,
             epoll: Epoll::new()?,
             needs_reset: AtomicBool::new(false),
+            driver_ok: AtomicBool::new(false),
+            change_untold: AtomicBool::new(false),
         })
     }
 
@@ -66,16 +70,43 @@ impl Core {
             .ctl(ControlOperation::Add, fd, EpollEvent::new(events, token))
     }
 
-    /// Tells the driver that the configuration space has changed (virtio 1.3, 2.5.2).
+    /// Tells the driver that the configuration space has changed (virtio 1.3, 2.5.2): at once if it has set DRIVER_OK, else
+    /// when it does. A driver reads its configuration before that, and would not know of a change in between.
     pub fn change_config(&self, change: impl FnOnce(&mut [u8])) {
         self.config.update(change);
-        self.interrupt.config_changed();
+        self.notify_change();
     }
 
     /// Sets DEVICE_NEEDS_RESET (virtio 1.3, 2.1.2): the driver broke the protocol beyond what can be handed back to it.
     pub fn demand_reset(&self) {
         self.needs_reset.store(true, Ordering::Release);
-        self.interrupt.config_changed();
+        self.notify_change();
+    }
+
+    /// The driver set DRIVER_OK: from here on it may be interrupted (virtio 1.3, 3.1.1).
+    pub(crate) fn driver_ready(&self) {
+        self.driver_ok.store(true, Ordering::SeqCst);
+        self.tell_change();
+    }
+
+    /// Whether a change of the configuration space waits for DRIVER_OK to be told.
+    pub(crate) fn change_untold(&self) -> bool {
+        self.change_untold.load(Ordering::SeqCst)
+    }
+
+    fn notify_change(&self) {
+        self.change_untold.store(true, Ordering::SeqCst);
+        if self.driver_ok.load(Ordering::SeqCst) {
+            self.tell_change();
+        }
+    }
+
+    /// Both sides store before they load, in one order for all (SeqCst): whoever comes second sees the other, and `swap` lets
+    /// only one of them tell.
+    fn tell_change(&self) {
+        if self.change_untold.swap(false, Ordering::SeqCst) {
+            self.interrupt.config_changed();
+        }
     }
 
     /// Whether the device waits for a reset by its driver.
@@ -84,13 +115,17 @@ impl Core {
     }
 
     /// As it was saved, without an interrupt.
-    pub(crate) fn restore(&self, needs_reset: bool) {
+    pub(crate) fn restore(&self, driver_ok: bool, needs_reset: bool, change_untold: bool) {
         self.reset();
+        self.driver_ok.store(driver_ok, Ordering::SeqCst);
+        self.change_untold.store(change_untold, Ordering::SeqCst);
         self.needs_reset.store(needs_reset, Ordering::Release);
     }
 
     /// Back to what it is before a driver came.
     pub(crate) fn reset(&self) {
+        self.driver_ok.store(false, Ordering::SeqCst);
+        self.change_untold.store(false, Ordering::SeqCst);
         self.needs_reset.store(false, Ordering::Release);
         self.interrupt.acknowledge(u32::MAX);
         for notify in &self.notify {
@@ -239,13 +274,33 @@ mod tests {
     }
 
     #[test]
-    fn a_config_change_moves_the_generation_and_interrupts() {
+    fn a_config_change_moves_the_generation_and_interrupts_once_the_driver_is_ready() {
         let core = Core::new(0, vec![0; 4]).unwrap();
+        core.driver_ready();
+        assert_eq!(core.interrupt.status(), 0, "nothing has changed");
         core.change_config(|bytes| bytes[0] = 7);
         assert_eq!(core.config.generation(), 1);
         assert_eq!(core.interrupt.status(), VIRTIO_MMIO_INT_CONFIG);
         assert_eq!(core.interrupt.irq().read().unwrap(), 1);
         core.interrupt.acknowledge(VIRTIO_MMIO_INT_CONFIG);
         assert_eq!(core.interrupt.status(), 0);
+    }
+
+    #[test]
+    fn a_change_before_driver_ok_is_told_then_and_once() {
+        let core = Core::new(0, vec![0; 4]).unwrap();
+        core.change_config(|bytes| bytes[0] = 7);
+        core.change_config(|bytes| bytes[0] = 8);
+        assert_eq!((core.interrupt.status(), core.interrupt.irq().read().ok()), (0, None));
+        core.driver_ready();
+        assert_eq!(core.interrupt.status(), VIRTIO_MMIO_INT_CONFIG);
+        assert_eq!(core.interrupt.irq().read().unwrap(), 1);
+        core.reset();
+        core.driver_ready();
+        assert_eq!(
+            core.interrupt.status(),
+            0,
+            "a reset forgets what a former driver was not told"
+        );
     }
 }

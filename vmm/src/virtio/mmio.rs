@@ -89,6 +89,9 @@ pub struct MmioState {
     /// DEVICE_NEEDS_RESET.
     #[prost(bool, tag = "9")]
     pub needs_reset: bool,
+    /// The configuration space has changed, and the driver has not set DRIVER_OK yet, on which it will be told.
+    #[prost(bool, tag = "10")]
+    pub change_untold: bool,
 }
 
 /// The registers of one queue.
@@ -148,6 +151,7 @@ impl MmioTransport {
             interrupt_status: self.core.interrupt.status(),
             config_generation: self.core.config.generation(),
             needs_reset: self.core.needs_reset(),
+            change_untold: self.core.change_untold(),
             ..self.state.clone()
         }
     }
@@ -166,7 +170,8 @@ impl MmioTransport {
             );
             return Err(super::DeviceError::State(message));
         }
-        self.core.restore(state.needs_reset);
+        let driver_ok = state.status & VIRTIO_CONFIG_S_DRIVER_OK != 0;
+        self.core.restore(driver_ok, state.needs_reset, state.change_untold);
         self.core.config.set_generation(state.config_generation);
         if state.interrupt_status != 0 {
             self.core.interrupt.trigger(state.interrupt_status);
@@ -307,6 +312,7 @@ impl MmioTransport {
         }
         self.state.status = value;
         if added & VIRTIO_CONFIG_S_DRIVER_OK != 0 {
+            self.core.driver_ready();
             self.activate();
         }
     }
@@ -407,6 +413,7 @@ fn fresh_state(queues: usize) -> MmioState {
         interrupt_status: 0,
         config_generation: 0,
         needs_reset: false,
+        change_untold: false,
     }
 }
 

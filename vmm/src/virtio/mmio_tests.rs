@@ -222,6 +222,25 @@ fn notifications_and_acknowledgements_reach_their_queue() {
 }
 
 #[test]
+fn a_driver_is_not_interrupted_before_driver_ok() {
+    let (mut transport, _) = transport();
+    negotiate(&mut transport, GOOD);
+    transport.core().change_config(|config| config[0] = 9);
+    let core = transport.core().clone();
+    assert_eq!(read(&mut transport, reg::VIRTIO_MMIO_INTERRUPT_STATUS), 0);
+    assert!(core.interrupt.irq().read().is_err());
+    let saved = transport.save();
+    assert!(saved.change_untold);
+    let mut other = self::transport().0;
+    other.restore(saved).unwrap();
+    for transport in [&mut transport, &mut other] {
+        write(transport, reg::VIRTIO_MMIO_STATUS, 15);
+        assert_eq!(read(transport, reg::VIRTIO_MMIO_INTERRUPT_STATUS), 2);
+        assert_eq!(transport.core().interrupt.irq().read().unwrap(), 1);
+    }
+}
+
+#[test]
 fn odd_accesses_are_counted_and_harmless() {
     let (mut transport, _) = transport();
     let before = transport.save();

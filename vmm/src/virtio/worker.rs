@@ -347,6 +347,7 @@ mod tests {
         });
         let handle = DeviceHandle::start("rng", Rng::new(RateLimit::default()).unwrap(), hook).unwrap();
         let core = handle.core().clone();
+        core.driver_ready();
         handle.activate(activation(&memory, 0, &[&queue])).unwrap();
         queue.add(&[(0x10000, 16, WRITE)]);
         raise(&core.notify()[0]);

@@ -352,6 +352,7 @@ fn a_slot_bound_late_changes_capacity_and_tells_the_driver() {
     let memory = memory();
     let queue = TestQueue::new(&memory, 0x1000, QUEUE_SIZE);
     let mut device = Block::new(slot(false)).unwrap();
+    device.core.driver_ready();
     device
         .activate(activation(&memory, slot(false).features(), &[&queue]))
         .unwrap();

@@ -24,6 +24,7 @@ fn rig(features: u64) -> Rig {
     let rx = TestQueue::new(&memory, RX_RINGS, QUEUE_SIZE);
     let tx = TestQueue::new(&memory, TX_RINGS, QUEUE_SIZE);
     let mut device = Net::new(&NetSlot { mac: MAC }).unwrap();
+    device.core.driver_ready();
     device.activate(activation(&memory, features, &[&rx, &tx])).unwrap();
     Rig { memory, rx, tx, device }
 }

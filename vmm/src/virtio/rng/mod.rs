@@ -96,7 +96,8 @@ impl Rng {
     }
 }
 
-fn fill(bytes: &mut [u8]) -> io::Result<()> {
+/// Fills `bytes` from the host's generator.
+pub(crate) fn fill(bytes: &mut [u8]) -> io::Result<()> {
     let mut done = 0;
     while done < bytes.len() {
         let rest = &mut bytes[done..];
