@@ -1,8 +1,10 @@
 //! ACPI tables: hardware-reduced (ACPI 6.5, 4.1), so that a guest needs no timer, no PIC and no fixed hardware.
 //!
 //! ```text
-//! 0xe0000  RSDP --> XSDT --> FADT --> DSDT     \_SB: COM1, pvpanic, one LNRO0005 for each virtio-mmio device; \_S5
+//! 0xe0000  RSDP --> XSDT --> FADT --> DSDT     \_SB: COM1, pvpanic, one LNRO0005 for each virtio-mmio device,
+//!                     |                               VM generation id, the event device that notifies it; \_S5
 //!                     +----> MADT              one local APIC for each vCPU, the IOAPIC
+//! 0xfe000  generation id (see `platform`)
 //! ```
 
 use acpi_tables::Aml;
@@ -16,15 +18,15 @@ use acpi_tables::xsdt::XSDT;
 use thiserror::Error;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 
-use crate::boot::reset_vector;
 use crate::memory::{self, GuestMemory};
+use crate::platform;
 use crate::ports;
 use crate::ports::power::{ACPI_RESET_VALUE, SLEEP_TYPE_S5};
 
 /// Where the RSDP is: the first address of the area that a BIOS would use (ACPI 6.5, 5.2.5.1).
 pub const RSDP: u64 = 0xe_0000;
 const TABLES: u64 = RSDP + 0x40;
-const END: u64 = reset_vector::ADDRESS;
+const END: u64 = platform::GENERATION_PAGE;
 
 const OEM: [u8; 6] = *b"FLINT ";
 const OEM_TABLE: [u8; 8] = *b"FLINTVMM";
@@ -35,8 +37,8 @@ const BOOT_FLAGS: u16 = 1 << 2 | 1 << 5;
 /// Tables that cannot be put into guest memory.
 #[derive(Debug, Error)]
 pub enum Error {
-    /// They do not fit below the reset vector.
-    #[error("ACPI tables of {0} bytes do not fit below the reset vector")]
+    /// They do not fit below the generation id.
+    #[error("ACPI tables of {0} bytes do not fit below the generation id")]
     TooLarge(u64),
     /// There is no memory there.
     #[error("writing ACPI tables at {address:#x}")]
@@ -146,6 +148,8 @@ fn dsdt(devices: &[VirtioWindow]) -> Sdt {
     }
     com1(&mut content);
     pvpanic(&mut content);
+    generation(&mut content);
+    events(&mut content);
     dsdt.append_slice(&aml::Scope::raw(Path::new("\\_SB_"), content));
     let s5 = aml::Package::new(vec![&SLEEP_TYPE_S5, &0u8, &0u8, &0u8]);
     dsdt.append_slice(&bytes(&aml::Name::new(Path::new("\\_S5_"), &s5)));
@@ -204,6 +208,44 @@ fn pvpanic(out: &mut Vec<u8>) {
     .to_aml_bytes(out);
 }
 
+/// The VM generation id, with the names that Microsoft's document gives and the shorter one that Hyper-V adds, because an id
+/// of more than eight characters is none to ACPI (6.1.5).
+fn generation(out: &mut Vec<u8>) {
+    const NAME: &str = "VM_Gen_Counter";
+    let (low, high) = (platform::GENERATION_PAGE, 0u8);
+    aml::Device::new(
+        Path::new("VGEN"),
+        vec![
+            &aml::Name::new(Path::new("_HID"), &"VMGENCTR"),
+            &aml::Name::new(Path::new("_CID"), &NAME),
+            &aml::Name::new(Path::new("_DDN"), &NAME),
+            &aml::Name::new(Path::new("_UID"), &aml::ZERO),
+            &aml::Name::new(Path::new("ADDR"), &aml::Package::new(vec![&low, &high])),
+        ],
+    )
+    .to_aml_bytes(out);
+}
+
+/// The generic event device (ACPI 6.5, 5.6.9): its interrupt has the guest evaluate `_EVT`, which notifies the generation id
+/// (0x80: it has changed).
+fn events(out: &mut Vec<u8>) {
+    const CHANGED: u8 = 0x80;
+    let interrupt = aml::Interrupt::new(true, true, false, false, platform::EVENT_IRQ);
+    let device = Path::new("\\_SB_.VGEN");
+    let notify = aml::Notify::new(&device, &CHANGED);
+    let is_ours = aml::Equal::new(&aml::Arg(0), &platform::EVENT_IRQ);
+    aml::Device::new(
+        Path::new("GED0"),
+        vec![
+            &aml::Name::new(Path::new("_HID"), &"ACPI0013"),
+            &aml::Name::new(Path::new("_UID"), &aml::ZERO),
+            &aml::Name::new(Path::new("_CRS"), &aml::ResourceTemplate::new(vec![&interrupt])),
+            &aml::Method::new(Path::new("_EVT"), 1, true, vec![&aml::If::new(&is_ours, vec![&notify])]),
+        ],
+    )
+    .to_aml_bytes(out);
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -250,6 +292,11 @@ mod tests {
         assert_eq!(madt.len(), 44 + 32 * 8 + 12);
         let dsdt = table(&memory, word(&fadt, 140));
         assert_eq!(dsdt.windows(8).filter(|window| window == b"LNRO0005").count(), 40);
+        assert!(
+            ["VMGENCTR", "ACPI0013"]
+                .iter()
+                .all(|id| dsdt.windows(8).any(|window| window == id.as_bytes()))
+        );
     }
 
     #[test]

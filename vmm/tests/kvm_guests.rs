@@ -3,6 +3,7 @@
 
 mod common;
 
+use std::io::Read;
 use std::os::fd::AsFd;
 
 use common::{Connection, Vmm, file, guest, machine, read};
@@ -14,6 +15,31 @@ use nix::sys::wait::WaitStatus;
 fn end_of(code: &[u8]) -> ExitReason {
     let (mut vmm, _serial) = Vmm::running(code);
     vmm.end().reason()
+}
+
+#[test]
+fn a_guest_sees_another_generation_id_after_each_renewal() {
+    let (mut vmm, mut serial) = Vmm::with_machine(machine(1, 16 << 20));
+    let code = [
+        &[0xbe, 0x00, 0xe0, 0x0f, 0x00][..],              // mov esi, 0xfe000
+        &[0x66, 0xba, 0xf8, 0x03, 0x48, 0x8b, 0x06],      // again: mov dx, 0x3f8; mov rax, [rsi]
+        &[0xb9, 16, 0, 0, 0, 0xf3, 0x6e, 0x83, 0xee, 16], // mov ecx, 16; rep outsb; sub esi, 16
+        &[0x48, 0x3b, 0x06, 0x74, 0xfb, 0xeb, 0xe8],      // wait: cmp rax, [rsi]; je wait; jmp again
+    ]
+    .concat();
+    vmm.load(&guest::elf(&code));
+    vmm.ok(Command::Start(Start {}), &[]);
+    let mut id = || {
+        let mut id = [0; 16];
+        serial.read_exact(&mut id).unwrap();
+        id
+    };
+    let first = id();
+    vmm.ok(Command::Pause(Pause {}), &[]);
+    vmm.ok(Command::RenewGeneration(RenewGeneration {}), &[]);
+    vmm.ok(Command::Resume(Resume {}), &[]);
+    let second = id();
+    assert!(first != [0; 16] && second != [0; 16] && first != second);
 }
 
 #[test]

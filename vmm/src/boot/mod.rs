@@ -4,6 +4,7 @@
 //! 0x00500  GDT                       0x09000  page tables (6 pages)
 //! 0x06000  PVH start info            0x20000  command line
 //! 0x07000  zero page                 0xe0000  ACPI tables (see `acpi`)
+//!                                    0xfe000  VM generation id (see `platform`)
 //!                                    0xffff0  reset vector
 //! 0x100000 kernel ...                    ... initrd, as high below the gap as the kernel allows
 //! ```

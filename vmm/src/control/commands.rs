@@ -83,7 +83,7 @@ impl From<machine::Error> for Failure {
             } => Code::Invalid,
             E::NoKernel => Code::WrongPhase,
             E::Memory(_) | E::Boot(_) | E::Acpi(_) | E::Serial(_) | E::Device { .. } => Code::Resource,
-            E::Place(_) | E::Bus(_) | E::Host { .. } => Code::Internal,
+            E::Place(_) | E::Bus(_) | E::Host { .. } | E::Generation(_) => Code::Internal,
         };
         Self::of(code, &error)
     }
@@ -117,6 +117,7 @@ impl Phase {
             Command::BindNet(message) => self.bind(|machine| fds.only(|fd| bind_net(machine, &message, fd))),
             Command::BindVsock(_) => self.bind(|machine| fds.only(|fd| bind_vsock(machine, fd))),
             Command::BindSerial(_) => self.bind(|machine| fds.only(|fd| Ok(machine.bind_serial(fd)?))),
+            Command::RenewGeneration(_) => self.bind(|machine| Ok(machine.renew_generation()?)),
             Command::Start(_) => self.start(),
             Command::Pause(_) => self.pause(),
             Command::Resume(_) => self.resume(),
@@ -198,7 +199,7 @@ impl Phase {
 
     fn bind(self, bind: impl FnOnce(&Machine) -> Result<(), Failure>) -> Outcome {
         let Some(machine) = self.machine() else {
-            return self.wrong("Bind", "after CreateMachine");
+            return self.wrong("this request", "after CreateMachine");
         };
         let outcome = bind(machine);
         (self, outcome.map(|()| Answer::Ok))

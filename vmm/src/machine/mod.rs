@@ -35,6 +35,8 @@ use crate::dial::Dialer;
 use crate::exit::ExitLatch;
 use crate::jail::Confine;
 use crate::memory::{self, Anonymous, GuestMemory, MemorySource};
+use crate::platform;
+use crate::platform::generation::{self, Generation};
 use crate::ports;
 use crate::ports::power::{ACPI_SIZE, AcpiRegisters, I8042_SIZE, I8042Reset, PvPanic};
 use crate::ports::serial::{self, Serial};
@@ -110,6 +112,9 @@ pub enum Error {
     /// ACPI tables.
     #[error(transparent)]
     Acpi(#[from] acpi::Error),
+    /// The VM generation id.
+    #[error(transparent)]
+    Generation(#[from] generation::Error),
     /// The serial line.
     #[error(transparent)]
     Serial(#[from] serial::Error),
@@ -184,6 +189,7 @@ impl Created {
         let entry = boot::load(&self.machine.memory, request)?;
         boot::write_tables(&self.machine.memory, entry)?;
         acpi::write(&self.machine.memory, self.machine.vcpu_count(), &self.machine.windows)?;
+        self.machine.generation.begin()?;
         self.entry = Some(entry);
         Ok(())
     }
@@ -262,6 +268,7 @@ pub struct Machine {
     rng: Option<Slot<Rng>>,
     dialer: Dialer,
     serial: Arc<Mutex<Serial>>,
+    generation: Generation,
     windows: Vec<VirtioWindow>,
     memory: GuestMemory,
     _vm: VmFd,
@@ -273,6 +280,7 @@ impl Machine {
         let memory = Anonymous.map(&memory::layout(config.memory))?;
         register_memory(&vm, &memory)?;
         let (ports, serial) = port_bus(&vm, &shell.exit)?;
+        let generation = generation(&vm, &memory)?;
         let mut mmio = Bus::new();
         let hook = shell.confine.device_hook();
         let mut builder = Builder::new(&vm, &memory, &mut mmio, hook);
@@ -301,10 +309,20 @@ impl Machine {
             rng,
             dialer: shell.dialer.clone(),
             serial,
+            generation,
             windows,
             memory,
             _vm: vm,
         })
+    }
+
+    /// Gives the guest a generation id that no machine had before, and tells it: after a snapshot was loaded, before the guest
+    /// runs.
+    ///
+    /// # Errors
+    /// The host has no random numbers.
+    pub fn renew_generation(&self) -> Result<(), Error> {
+        Ok(self.generation.renew()?)
     }
 
     /// Lets the guest's serial output go to `sink`.
@@ -462,6 +480,13 @@ fn port_bus(vm: &VmFd, exit: &ExitLatch) -> Result<(Bus, Arc<Mutex<Serial>>), Er
         Arc::new(Mutex::new(AcpiRegisters(exit.clone()))),
     )?;
     Ok((bus, serial))
+}
+
+fn generation(vm: &VmFd, memory: &GuestMemory) -> Result<Generation, Error> {
+    let interrupt = EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK).map_err(host("making the event device's interrupt"))?;
+    vm.register_irqfd(&interrupt, platform::EVENT_IRQ)
+        .map_err(kvm("connecting the event device"))?;
+    Ok(Generation::new(memory.clone(), interrupt))
 }
 
 fn add_disks(builder: &mut Builder<'_>, disks: &[Disk]) -> Result<Vec<Slot<Block>>, Error> {
