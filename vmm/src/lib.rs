@@ -21,5 +21,6 @@ pub mod machine;
 pub mod memory;
 pub mod platform;
 pub mod ports;
+pub mod snapshot;
 pub mod vcpu;
 pub mod virtio;

@@ -10,13 +10,14 @@ use std::os::unix::net::UnixListener;
 use flint_api::vmm::error::Code;
 use flint_api::vmm::request::Command;
 use flint_api::vmm::state::Phase as WirePhase;
-use flint_api::vmm::{self, BindDisk, BindNet, CreateMachine, LoadKernel, bind_disk};
+use flint_api::vmm::{self, BindDisk, BindNet, Claim, ClaimDisk, CreateMachine, LoadKernel, bind_disk};
 use flint_snapshots::device::ImageDevice;
 use nix::sys::socket::{UnixAddr, getsockname, getsockopt, sockopt};
 
 use crate::boot;
+use crate::jail::ThreadsFor;
 use crate::machine::config::Config;
-use crate::machine::{self, Created, Machine, Paused, Running, Shell};
+use crate::machine::{self, Created, Machine, Parked, Paused, Reserved, Running, Shell};
 use crate::virtio::DeviceError;
 use crate::virtio::block::{BlockResource, ImageSource};
 use crate::virtio::net::{NetResource, Tap};
@@ -28,6 +29,10 @@ pub enum Phase {
     Shell(Shell),
     /// Made, not started.
     Created(Created),
+    /// Made for a snapshot.
+    Reserved(Reserved),
+    /// A snapshot is loaded.
+    Parked(Parked),
     /// The guest runs.
     Running(Running),
     /// The guest stands still.
@@ -82,8 +87,16 @@ impl From<machine::Error> for Failure {
                 ..
             } => Code::Invalid,
             E::NoKernel => Code::WrongPhase,
-            E::Memory(_) | E::Boot(_) | E::Acpi(_) | E::Serial(_) | E::Device { .. } => Code::Resource,
-            E::Place(_) | E::Bus(_) | E::Host { .. } | E::Generation(_) => Code::Internal,
+            E::Passport(_) => Code::Unsupported,
+            E::Shape { .. } | E::Unwritable(_) => Code::Invalid,
+            E::Snapshot(_)
+            | E::Generation(_)
+            | E::Memory(_)
+            | E::Boot(_)
+            | E::Acpi(_)
+            | E::Serial(_)
+            | E::Device { .. } => Code::Resource,
+            E::Place(_) | E::Bus(_) | E::Host { .. } => Code::Internal,
         };
         Self::of(code, &error)
     }
@@ -122,6 +135,10 @@ impl Phase {
             Command::Pause(_) => self.pause(),
             Command::Resume(_) => self.resume(),
             Command::Stop(_) => (self, Ok(Answer::Stop)),
+            Command::ReserveMachine(message) => self.reserve(message.machine.unwrap_or_default()),
+            Command::LoadSnapshot(_) => self.load_snapshot(fds),
+            Command::Claim(message) => self.claim(&message, fds),
+            Command::SaveSnapshot(_) => self.save_snapshot(fds),
             Command::GetState(_) => {
                 let state = self.state();
                 (self, Ok(state))
@@ -140,6 +157,63 @@ impl Phase {
         match shell.create(&config) {
             Ok(created) => (Self::Created(created), Ok(Answer::Ok)),
             Err((shell, error)) => (Self::Shell(shell), Err(error.into())),
+        }
+    }
+
+    fn reserve(self, message: CreateMachine) -> Outcome {
+        let Self::Shell(shell) = self else {
+            return self.wrong("ReserveMachine", "before there is a machine");
+        };
+        let config = match Config::try_from(message) {
+            Ok(config) => config,
+            Err(error) => return (Self::Shell(shell), Err(Failure::of(Code::Invalid, &error))),
+        };
+        match shell.reserve(&config) {
+            Ok(reserved) => (Self::Reserved(reserved), Ok(Answer::Ok)),
+            Err((shell, error)) => (Self::Shell(shell), Err(error.into())),
+        }
+    }
+
+    fn load_snapshot(self, fds: Fds) -> Outcome {
+        let Self::Reserved(reserved) = self else {
+            return self.wrong("LoadSnapshot", "after ReserveMachine");
+        };
+        let outcome = match fds.pair() {
+            Ok((state, memory)) => reserved.load(&state, memory).map_err(|(it, error)| (it, error.into())),
+            Err(failure) => Err((reserved, failure)),
+        };
+        match outcome {
+            Ok(parked) => (Self::Parked(parked), Ok(Answer::Ok)),
+            Err((reserved, failure)) => (Self::Reserved(reserved), Err(failure)),
+        }
+    }
+
+    fn claim(self, message: &Claim, fds: Fds) -> Outcome {
+        let Self::Parked(parked) = self else {
+            return self.wrong("Claim", "once, after LoadSnapshot");
+        };
+        if let Err(failure) = bind_all(parked.as_ref(), message, fds) {
+            return (Self::Parked(parked), Err(failure));
+        }
+        match parked.claim() {
+            Ok(running) => (Self::Running(running), Ok(Answer::Ok)),
+            Err((parked, error)) => (Self::Parked(parked), Err(error.into())),
+        }
+    }
+
+    fn save_snapshot(self, fds: Fds) -> Outcome {
+        let save = |state, memory| match &self {
+            Self::Paused(paused) => Some(paused.save(state, memory)),
+            Self::Parked(parked) => Some(parked.save(state, memory)),
+            _ => None,
+        };
+        let saved = match fds.pair() {
+            Ok((state, memory)) => save(&state, &memory),
+            Err(failure) => return (self, Err(failure)),
+        };
+        match saved {
+            Some(outcome) => (self, outcome.map(|()| Answer::Ok).map_err(Failure::from)),
+            None => self.wrong("SaveSnapshot", "after Pause or LoadSnapshot"),
         }
     }
 
@@ -209,8 +283,20 @@ impl Phase {
         match self {
             Self::Shell(_) => None,
             Self::Created(created) => Some(created.as_ref()),
+            Self::Reserved(reserved) => Some(reserved.as_ref()),
+            Self::Parked(parked) => Some(parked.as_ref()),
             Self::Running(running) => Some(running.as_ref()),
             Self::Paused(paused) => Some(paused.as_ref()),
+        }
+    }
+
+    /// What the process has still to do, once it has made its threads.
+    #[must_use]
+    pub fn ahead(&self) -> Option<ThreadsFor> {
+        match self {
+            Self::Shell(_) => None,
+            Self::Reserved(_) => Some(ThreadsFor::Restore),
+            _ => Some(ThreadsFor::Boot),
         }
     }
 
@@ -222,6 +308,8 @@ impl Phase {
         match self {
             Self::Shell(_) => WirePhase::Shell,
             Self::Created(_) => WirePhase::Created,
+            Self::Reserved(_) => WirePhase::Reserved,
+            Self::Parked(_) => WirePhase::Parked,
             Self::Running(_) => WirePhase::Running,
             Self::Paused(_) => WirePhase::Paused,
         }
@@ -257,6 +345,12 @@ impl Fds {
             Command::BindNet(_) => ("BindNet", 1, 1),
             Command::BindVsock(_) => ("BindVsock", 1, 1),
             Command::BindSerial(_) => ("BindSerial", 1, 1),
+            Command::LoadSnapshot(_) => ("LoadSnapshot", 2, 2),
+            Command::SaveSnapshot(_) => ("SaveSnapshot", 2, 2),
+            Command::Claim(message) => {
+                let count = claimed_fds(message);
+                ("this Claim", count, count)
+            }
             _ => ("this request", 0, 0),
         };
         if (least..=most).contains(&fds.len()) {
@@ -273,12 +367,58 @@ impl Fds {
         )))
     }
 
+    /// State and memory file of a snapshot.
+    fn pair(self) -> Result<(File, File), Failure> {
+        let mut files = self.0.into_iter().map(File::from);
+        // Fds::check counted them.
+        files
+            .next()
+            .zip(files.next())
+            .ok_or_else(|| Failure::invalid("a state file and a memory file are needed"))
+    }
+
+    /// The first so many of them.
+    fn take(&mut self, count: usize) -> Self {
+        let rest = self.0.split_off(count.min(self.0.len()));
+        Self(std::mem::replace(&mut self.0, rest))
+    }
+
     fn only(self, take: impl FnOnce(OwnedFd) -> Result<(), Failure>) -> Result<(), Failure> {
         match self.0.into_iter().next() {
             Some(fd) => take(fd),
             None => Err(Failure::invalid("a file descriptor is missing")),
         }
     }
+}
+
+fn disk_fds(disk: &ClaimDisk) -> usize {
+    usize::try_from(disk.fds.max(1)).unwrap_or(usize::MAX)
+}
+
+fn claimed_fds(message: &Claim) -> usize {
+    let others = message.nets.len() + usize::from(message.vsock.is_some()) + usize::from(message.serial.is_some());
+    message.disks.iter().map(disk_fds).fold(others, usize::saturating_add)
+}
+
+/// Binds what a claim brings, whose descriptors were counted.
+fn bind_all(machine: &Machine, message: &Claim, mut fds: Fds) -> Result<(), Failure> {
+    for disk in &message.disks {
+        let bind = disk
+            .disk
+            .as_ref()
+            .ok_or_else(|| Failure::invalid("a disk of the Claim names no slot"))?;
+        bind_disk(machine, bind, fds.take(disk_fds(disk)))?;
+    }
+    for net in &message.nets {
+        fds.take(1).only(|fd| bind_net(machine, net, fd))?;
+    }
+    if message.vsock.is_some() {
+        fds.take(1).only(|fd| bind_vsock(machine, fd))?;
+    }
+    if message.serial.is_some() {
+        fds.take(1).only(|fd| Ok(machine.bind_serial(fd)?))?;
+    }
+    Ok(())
 }
 
 fn bind_disk(machine: &Machine, message: &BindDisk, fds: Fds) -> Result<(), Failure> {

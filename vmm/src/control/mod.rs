@@ -179,11 +179,11 @@ impl Server {
             );
             return phase;
         };
-        let was_shell = matches!(phase, Phase::Shell(_));
+        let before = phase.ahead();
         let (phase, outcome) = phase.handle(command, fds);
-        if was_shell && !matches!(phase, Phase::Shell(_)) {
-            // All threads are there: from now on this one needs less.
-            if let Err(error) = self.confine.narrow_control() {
+        if let Some(ahead) = phase.ahead().filter(|_| phase.ahead() != before) {
+            // All threads are there, or what only loading needs is done: from now on this one needs less.
+            if let Err(error) = self.confine.narrow_control(ahead) {
                 self.exit.set(Exit::new(
                     ExitReason::VmmError,
                     format!("narrowing the control thread's filter: {error}"),

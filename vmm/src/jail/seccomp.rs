@@ -1,9 +1,10 @@
 //! The system calls that each kind of thread may make. Any other one kills the process with SIGSYS.
 //!
 //! ```text
-//! main thread:  Setup ---- CreateMachine ----> Control        filters only ever narrow
-//!                 |  starts                                   (a thread inherits its maker's filter)
-//!                 +--> vCPU threads: Vcpu
+//! main thread:  Setup ---------------- CreateMachine -----------------> Control       filters only ever narrow
+//!                 |  \-- ReserveMachine --> Loader -- LoadSnapshot ------^          (a thread inherits its maker's)
+//!                 |  starts
+//!                 +--> vCPU threads: Vcpu, or VcpuLoader -- LoadSnapshot --> Vcpu
 //!                 +--> device threads: Device(kind)
 //! ```
 
@@ -32,8 +33,12 @@ pub struct Error {
 pub enum Kind {
     /// The main thread until there is a machine: all that the others may, and making threads and a VM.
     Setup,
+    /// The main thread of a reserved machine: also what loading a snapshot needs.
+    Loader,
     /// The main thread from then on.
     Control,
+    /// A vCPU's that is to be given a saved state.
+    VcpuLoader,
     /// A vCPU's.
     Vcpu,
     /// A device's.
@@ -42,9 +47,11 @@ pub enum Kind {
 
 impl Kind {
     /// All kinds.
-    pub const ALL: [Self; 7] = [
+    pub const ALL: [Self; 9] = [
         Self::Setup,
+        Self::Loader,
         Self::Control,
+        Self::VcpuLoader,
         Self::Vcpu,
         Self::Device(ThreadKind::Block),
         Self::Device(ThreadKind::Net),
@@ -81,14 +88,16 @@ const EVENTS: &[c_long] = &[libc::SYS_epoll_ctl, libc::SYS_epoll_wait];
 /// The control thread: packets, kicks, and what a disk, tap or socket needs to be looked at and made ready.
 const CONTROL: &[c_long] = &[
     libc::SYS_accept4,
-    libc::SYS_fcntl,  // F_GETFL and F_SETFL of what is bound
-    libc::SYS_getpid, // a part of pthread_kill
+    libc::SYS_fcntl,     // F_GETFL and F_SETFL of what is bound
+    libc::SYS_ftruncate, // a snapshot's files
+    libc::SYS_getpid,    // a part of pthread_kill
     libc::SYS_getsockname,
     libc::SYS_getsockopt,
     libc::SYS_io_uring_register,
     libc::SYS_io_uring_setup,
     libc::SYS_lseek,
-    libc::SYS_pread64, // an image's device table
+    libc::SYS_pread64,  // an image's device table, a snapshot's files
+    libc::SYS_pwrite64, // a snapshot's files
     libc::SYS_recvmsg,
     libc::SYS_sendmsg,
     libc::SYS_statx,
@@ -109,7 +118,11 @@ const SETUP: &[c_long] = &[
     libc::SYS_sched_getaffinity,
     libc::SYS_seccomp,
     libc::SYS_set_robust_list,
+    libc::SYS_uname, // a snapshot's passport
 ];
+
+/// A thread that is to narrow itself.
+const NARROWING: &[c_long] = &[libc::SYS_prctl, libc::SYS_seccomp];
 
 const BLOCK: &[c_long] = &[
     libc::SYS_io_uring_enter,
@@ -146,6 +159,7 @@ const KVM_SETUP: &[u64] = &[
     0xae8d, // KVM_SET_FPU
     0xae8f, // KVM_SET_LAPIC
     0xae90, // KVM_SET_CPUID2
+    0xaea3, // KVM_GET_TSC_KHZ
 ];
 
 /// Those of a vCPU that runs, enters a kernel, or is saved.
@@ -166,6 +180,30 @@ const KVM_VCPU: &[u64] = &[
     0xaea6, // KVM_GET_XCRS
 ];
 
+/// Those of a vCPU that is given a saved state.
+const KVM_VCPU_LOAD: &[u64] = &[
+    0xae8f, // KVM_SET_LAPIC
+    0xae90, // KVM_SET_CPUID2
+    0xae99, // KVM_SET_MP_STATE
+    0xaea0, // KVM_SET_VCPU_EVENTS
+    0xaea2, // KVM_SET_DEBUGREGS, KVM_SET_TSC_KHZ
+    0xaea5, // KVM_SET_XSAVE
+    0xaea7, // KVM_SET_XCRS
+    0xaead, // KVM_KVMCLOCK_CTRL
+];
+
+/// Those of a whole machine that is saved or claimed.
+const KVM_SAVE: &[u64] = &[
+    0xae62, // KVM_GET_IRQCHIP
+    0xae7b, // KVM_SET_CLOCK
+    0xae7c, // KVM_GET_CLOCK
+];
+
+/// Those of a whole machine that is given a saved state.
+const KVM_LOAD: &[u64] = &[
+    0xae63, // KVM_SET_IRQCHIP
+];
+
 /// What the control thread asks of disks and taps: BLKGETSIZE64, BLKSSZGET, TUNGETIFF, TUNGETFEATURES, TUNSETOFFLOAD,
 /// TUNSETVNETHDRSZ, FIONBIO.
 const BINDING: &[u64] = &[0x1272, 0x1268, 0x54d2, 0x54cf, 0x54d0, 0x54d8, 0x5421];
@@ -179,7 +217,7 @@ const NONBLOCKING: &[u64] = &[0x5421];
 type Rules = BTreeMap<c_long, Vec<SeccompRule>>;
 
 /// All filters, built once.
-pub struct Filters([(Kind, BpfProgram); Kind::ALL.len()]);
+pub struct Filters(Vec<(Kind, BpfProgram)>);
 
 impl Filters {
     /// Builds them.
@@ -192,16 +230,7 @@ impl Filters {
                 .map(|filter| (kind, filter))
                 .map_err(|source| Error { kind, source })
         };
-        let [a, b, c, d, e, f, g] = Kind::ALL;
-        Ok(Self([
-            build(a)?,
-            build(b)?,
-            build(c)?,
-            build(d)?,
-            build(e)?,
-            build(f)?,
-            build(g)?,
-        ]))
+        Kind::ALL.into_iter().map(build).collect::<Result<_, _>>().map(Self)
     }
 
     /// Puts a filter on the calling thread, on top of those that it has.
@@ -243,10 +272,21 @@ fn add(rules: &mut Rules, kind: Kind) -> Result<(), BackendError> {
                 add(rules, *kind)?;
             }
         }
+        Kind::Loader => {
+            add(rules, Kind::Control)?;
+            allow(rules, NARROWING);
+            ioctls(rules, KVM_LOAD)?;
+        }
         Kind::Control => {
             allow(rules, EVENTS);
             allow(rules, CONTROL);
             ioctls(rules, BINDING)?;
+            ioctls(rules, KVM_SAVE)?;
+        }
+        Kind::VcpuLoader => {
+            add(rules, Kind::Vcpu)?;
+            allow(rules, NARROWING);
+            ioctls(rules, KVM_VCPU_LOAD)?;
         }
         Kind::Vcpu => ioctls(rules, KVM_VCPU)?,
         Kind::Device(ThreadKind::Block) => {
@@ -385,5 +425,10 @@ mod tests {
         const CREATE_VM: c_long = 0xae01;
         assert!(may(Kind::Vcpu, RUN) && !may(Kind::Control, RUN) && !may(Kind::Device(ThreadKind::Block), RUN));
         assert!(may(Kind::Setup, CREATE_VM) && !may(Kind::Vcpu, CREATE_VM) && !may(Kind::Control, CREATE_VM));
+        const SET_LAPIC: c_long = 0xae8f;
+        const SET_IRQCHIP: c_long = 0xae63;
+        assert!(may(Kind::VcpuLoader, SET_LAPIC) && !may(Kind::Vcpu, SET_LAPIC) && !may(Kind::Loader, SET_LAPIC));
+        assert!(may(Kind::Loader, SET_IRQCHIP) && !may(Kind::Control, SET_IRQCHIP));
+        assert!(!may(Kind::Loader, CREATE_VM) && !may(Kind::Loader, RUN) && !may(Kind::VcpuLoader, CREATE_VM));
     }
 }

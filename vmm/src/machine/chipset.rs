@@ -1,9 +1,11 @@
-//! What is saved of the parts that KVM keeps beside the vCPUs: interrupt controllers and the guest's clock.
+//! What is saved of the parts that KVM keeps beside the vCPUs: interrupt controllers and the guest's clock. There is no PIT:
+//! a guest of hardware-reduced ACPI takes its ticks from the local APICs.
 
 use kvm_bindings::{
     KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, kvm_clock_data, kvm_irqchip, kvm_pic_state,
 };
 use kvm_ioctls::VmFd;
+use zerocopy::{FromBytes, IntoBytes};
 
 use super::{Error, kvm};
 
@@ -25,15 +27,71 @@ pub struct IoapicState {
     pub redirections: [u64; PINS],
 }
 
-/// Interrupt controllers and clock of a machine whose vCPUs stand still.
+/// Interrupt controllers of a machine whose vCPUs stand still.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct ChipsetState {
     /// Both 8259As, the master first.
     pub pics: [kvm_pic_state; 2],
     /// The IOAPIC.
     pub ioapic: IoapicState,
-    /// kvmclock's nanoseconds since the machine was made.
-    pub clock: u64,
+}
+
+/// Interrupt controllers in a state file.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct ChipsetRecord {
+    /// `kvm_pic_state` of both 8259As, the master first.
+    #[prost(bytes = "vec", repeated, tag = "1")]
+    pub pics: Vec<Vec<u8>>,
+    /// Where the IOAPIC's registers are.
+    #[prost(uint64, tag = "2")]
+    pub ioapic_base: u64,
+    /// IOREGSEL.
+    #[prost(uint32, tag = "3")]
+    pub ioapic_select: u32,
+    /// The IOAPIC's id.
+    #[prost(uint32, tag = "4")]
+    pub ioapic_id: u32,
+    /// Pins that are high.
+    #[prost(uint32, tag = "5")]
+    pub ioapic_requests: u32,
+    /// Redirection table.
+    #[prost(fixed64, repeated, tag = "6")]
+    pub redirections: Vec<u64>,
+}
+
+impl From<&ChipsetState> for ChipsetRecord {
+    fn from(state: &ChipsetState) -> Self {
+        Self {
+            pics: state.pics.iter().map(|pic| pic.as_bytes().to_vec()).collect(),
+            ioapic_base: state.ioapic.base,
+            ioapic_select: state.ioapic.select,
+            ioapic_id: state.ioapic.id,
+            ioapic_requests: state.ioapic.requests,
+            redirections: state.ioapic.redirections.to_vec(),
+        }
+    }
+}
+
+impl TryFrom<&ChipsetRecord> for ChipsetState {
+    type Error = &'static str;
+
+    fn try_from(record: &ChipsetRecord) -> Result<Self, &'static str> {
+        let [master, slave] = &record.pics[..] else {
+            return Err("number of 8259As");
+        };
+        let pic = |bytes: &[u8]| kvm_pic_state::read_from_bytes(bytes).map_err(|_| "8259A");
+        let redirections = record.redirections[..].try_into();
+        Ok(Self {
+            pics: [pic(master)?, pic(slave)?],
+            ioapic: IoapicState {
+                base: record.ioapic_base,
+                select: record.ioapic_select,
+                id: record.ioapic_id,
+                requests: record.ioapic_requests,
+                redirections: redirections.map_err(|_| "IOAPIC's redirection table")?,
+            },
+        })
+    }
 }
 
 /// Saves them.
@@ -46,16 +104,33 @@ pub fn save(vm: &VmFd) -> Result<ChipsetState, Error> {
         // SAFETY: KVM filled the union's PIC for these ids, and all of its bytes are initialized.
         Ok::<_, Error>(unsafe { chip.chip.pic })
     };
-    let clock = vm.get_clock().map_err(kvm("saving the guest's clock"))?.clock;
     Ok(ChipsetState {
         pics: [pic(KVM_IRQCHIP_PIC_MASTER)?, pic(KVM_IRQCHIP_PIC_SLAVE)?],
         ioapic: save_ioapic(vm)?,
-        clock,
     })
 }
 
-/// Puts a fresh VM's controllers and clock to a saved state. The clock goes on where it stood: time between saving and
-/// restoring did not pass for the guest.
+/// kvmclock: the guest's nanoseconds since its machine was made.
+///
+/// # Errors
+/// What KVM refused.
+pub fn save_clock(vm: &VmFd) -> Result<u64, Error> {
+    Ok(vm.get_clock().map_err(kvm("saving the guest's clock"))?.clock)
+}
+
+/// Lets kvmclock go on where it stood: time between saving and restoring did not pass for the guest.
+///
+/// # Errors
+/// What KVM refused.
+pub fn restore_clock(vm: &VmFd, clock: u64) -> Result<(), Error> {
+    let data = kvm_clock_data {
+        clock,
+        ..Default::default()
+    };
+    vm.set_clock(&data).map_err(kvm("restoring the guest's clock"))
+}
+
+/// Puts a VM's controllers to a saved state.
 ///
 /// # Errors
 /// What KVM refused.
@@ -71,12 +146,7 @@ pub fn restore(vm: &VmFd, state: &ChipsetState) -> Result<(), Error> {
         chip.chip.pic = pic;
         write(vm, &chip)?;
     }
-    restore_ioapic(vm, &state.ioapic)?;
-    let clock = kvm_clock_data {
-        clock: state.clock,
-        ..Default::default()
-    };
-    vm.set_clock(&clock).map_err(kvm("restoring the guest's clock"))
+    restore_ioapic(vm, &state.ioapic)
 }
 
 /// Masks all lines of both 8259As, as a firmware leaves them (8259A data sheet, OCW1). A guest of hardware-reduced ACPI uses

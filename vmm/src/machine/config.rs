@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use flint_api::vmm::CreateMachine;
+use flint_api::vmm::{CreateMachine, NetSlot, VsockSlot};
 use thiserror::Error;
 
 /// Most vCPUs.
@@ -42,7 +42,7 @@ pub enum Error {
 }
 
 /// A machine that can be made.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Config {
     /// Number of vCPUs.
     pub vcpus: u8,
@@ -56,6 +56,9 @@ pub struct Config {
     pub vsock: Option<u64>,
     /// Whether there is an entropy source.
     pub rng: bool,
+    /// All of it as it was asked for, without what is an identity and may differ between a snapshot and its clones: MAC
+    /// addresses and the CID.
+    pub shape: CreateMachine,
 }
 
 /// A disk slot.
@@ -73,6 +76,7 @@ impl TryFrom<CreateMachine> for Config {
     type Error = Error;
 
     fn try_from(message: CreateMachine) -> Result<Self, Error> {
+        let shape = shape(&message);
         let CreateMachine {
             vcpus,
             memory_bytes,
@@ -120,8 +124,19 @@ impl TryFrom<CreateMachine> for Config {
                 .collect::<Result<_, _>>()?,
             vsock: vsock.map(|slot| cid(slot.guest_cid)).transpose()?,
             rng,
+            shape,
         })
     }
+}
+
+fn shape(message: &CreateMachine) -> CreateMachine {
+    let mut shape = message.clone();
+    for disk in &mut shape.disks {
+        disk.queues = disk.queues.max(1);
+    }
+    shape.nets.fill(NetSlot::default());
+    shape.vsock = message.vsock.map(|_| VsockSlot::default());
+    shape
 }
 
 fn mac(index: usize, bytes: &[u8]) -> Result<[u8; 6], Error> {
@@ -146,7 +161,7 @@ fn cid(cid: u64) -> Result<u64, Error> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use flint_api::vmm::{DiskSlot, NetSlot, VsockSlot};
+    use flint_api::vmm::DiskSlot;
 
     fn good() -> CreateMachine {
         CreateMachine {

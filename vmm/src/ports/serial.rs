@@ -25,6 +25,9 @@ pub enum Error {
     /// The descriptor to write to does not take O_NONBLOCK.
     #[error("making the serial line's output non-blocking")]
     Output(#[source] nix::Error),
+    /// The process is out of descriptors.
+    #[error("sharing the serial line's interrupt")]
+    Interrupt(#[source] io::Error),
     /// A saved state that no UART can have, or an interrupt that cannot be raised.
     #[error("restoring the serial line: {0}")]
     Restore(String),
@@ -70,6 +73,77 @@ pub struct State {
     pub uart: UartState,
     /// Bytes that were dropped so far.
     pub dropped: u64,
+}
+
+/// A serial line in a state file.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct SerialRecord {
+    /// Registers as [`UartState`] names them, one byte each: divisor low and high, interrupt enable and identification, line
+    /// control and status, modem control and status, scratch.
+    #[prost(bytes = "vec", tag = "1")]
+    pub registers: Vec<u8>,
+    /// Receive buffer.
+    #[prost(bytes = "vec", tag = "2")]
+    pub received: Vec<u8>,
+    /// Bytes that were dropped so far.
+    #[prost(uint64, tag = "3")]
+    pub dropped: u64,
+}
+
+impl From<&State> for SerialRecord {
+    fn from(State { uart, dropped }: &State) -> Self {
+        Self {
+            registers: vec![
+                uart.baud_divisor_low,
+                uart.baud_divisor_high,
+                uart.interrupt_enable,
+                uart.interrupt_identification,
+                uart.line_control,
+                uart.line_status,
+                uart.modem_control,
+                uart.modem_status,
+                uart.scratch,
+            ],
+            received: uart.in_buffer.clone(),
+            dropped: *dropped,
+        }
+    }
+}
+
+impl TryFrom<&SerialRecord> for State {
+    type Error = &'static str;
+
+    fn try_from(record: &SerialRecord) -> Result<Self, &'static str> {
+        let [
+            low,
+            high,
+            enable,
+            identification,
+            line_control,
+            line_status,
+            modem_control,
+            modem_status,
+            scratch,
+        ] = record.registers[..]
+        else {
+            return Err("serial line's registers");
+        };
+        Ok(Self {
+            uart: UartState {
+                baud_divisor_low: low,
+                baud_divisor_high: high,
+                interrupt_enable: enable,
+                interrupt_identification: identification,
+                line_control,
+                line_status,
+                modem_control,
+                modem_status,
+                scratch,
+                in_buffer: record.received.clone(),
+            },
+            dropped: record.dropped,
+        })
+    }
 }
 
 /// A 16550A.
@@ -120,19 +194,20 @@ impl Serial {
         }
     }
 
-    /// The line as it was when saved, with nothing behind it. A pending interrupt is raised again.
+    /// Takes a saved state over; what is bound stays bound. A pending interrupt is raised again.
     ///
     /// # Errors
-    /// The state is none that [`Self::save`] makes, or the interrupt cannot be raised.
-    pub fn restore(state: &State, interrupt: Interrupt) -> Result<Self, Error> {
-        let dropped = Arc::new(AtomicU64::new(state.dropped));
+    /// The state is none that [`Self::save`] makes, or the host refuses.
+    pub fn restore(&mut self, state: &State) -> Result<(), Error> {
+        let interrupt = self.uart.interrupt_evt().0.try_clone().map_err(Error::Interrupt)?;
+        self.dropped.store(state.dropped, Ordering::Relaxed);
         let output = Output {
-            sink: None,
-            dropped: dropped.clone(),
+            sink: self.uart.writer_mut().sink.take(),
+            dropped: self.dropped.clone(),
         };
-        let uart = Uart::from_state(&state.uart, interrupt, NoEvents, output)
+        self.uart = Uart::from_state(&state.uart, Interrupt(interrupt), NoEvents, output)
             .map_err(|error| Error::Restore(format!("{error:?}")))?;
-        Ok(Self { uart, dropped })
+        Ok(())
     }
 }
 
@@ -196,7 +271,10 @@ mod tests {
         serial.write(7, &[0x5a]);
         serial.write(0, b"z");
         let saved = serial.save();
-        assert_eq!(Serial::restore(&saved, interrupt()).unwrap().save(), saved);
+        let mut restored = Serial::new(interrupt());
+        let record = SerialRecord::from(&saved);
+        restored.restore(&State::try_from(&record).unwrap()).unwrap();
+        assert_eq!(restored.save(), saved);
         assert_eq!(saved.dropped, 1);
     }
 

@@ -5,6 +5,8 @@
 use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
 use kvm_ioctls::{Cap, Kvm};
 
+const ECX1_VMX: u32 = 1 << 5;
+const ECX8000_0001_SVM: u32 = 1 << 2;
 const ECX1_X2APIC: u32 = 1 << 21;
 const ECX1_TSC_DEADLINE: u32 = 1 << 24;
 const ECX1_HYPERVISOR: u32 = 1 << 31;
@@ -49,6 +51,8 @@ impl Topology {
             // No performance counters: saving them costs time at every switch, and a template could not be moved.
             0xa => (entry.eax, entry.ebx, entry.ecx, entry.edx) = (0, 0, 0, 0),
             0xb | 0x1f => self.levels(entry),
+            // No virtual machines in virtual machines: what KVM keeps of them is not saved.
+            0x8000_0001 => entry.ecx &= !ECX8000_0001_SVM,
             0x8000_0008 => {
                 entry.ecx = (entry.ecx & !0xf0ff) | (self.core_bits() << 12) | (self.count - 1);
             }
@@ -64,7 +68,7 @@ impl Topology {
 
     fn features(self, entry: &mut kvm_cpuid_entry2, tsc_deadline: bool) {
         entry.ebx = (entry.ebx & 0xffff) | (self.id << 24) | (self.count.next_power_of_two() << 16);
-        entry.ecx |= ECX1_X2APIC | ECX1_HYPERVISOR;
+        entry.ecx = (entry.ecx & !ECX1_VMX) | ECX1_X2APIC | ECX1_HYPERVISOR;
         if tsc_deadline {
             entry.ecx |= ECX1_TSC_DEADLINE;
         }

@@ -1,22 +1,27 @@
 //! All of a vCPU that is saved, in the order in which KVM wants it back (KVM API 4.x; events last, they look at the rest).
+//!
+//! What goes on by itself is kept apart, in [`VcpuTime`]: it is set at the last moment before the guest goes on.
 
 use kvm_bindings::{
-    CpuId, KVM_MAX_CPUID_ENTRIES, Msrs, kvm_debugregs, kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_regs,
-    kvm_sregs, kvm_vcpu_events, kvm_xcrs, kvm_xsave,
+    CpuId, KVM_MAX_CPUID_ENTRIES, Msrs, kvm_cpuid_entry2, kvm_debugregs, kvm_lapic_state, kvm_mp_state, kvm_msr_entry,
+    kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs, kvm_xsave,
 };
 use kvm_ioctls::VcpuFd;
+use zerocopy::{FromBytes, Immutable, IntoBytes};
 
 type Failure = (&'static str, kvm_ioctls::Error);
 
 /// Of an XSAVE area without features that a process must ask for.
 const XSAVE_WORDS: usize = 1024;
+const MSR_TSC: u32 = 0x10;
+const MSR_TSC_DEADLINE: u32 = 0x6e0;
 
 /// A stopped vCPU.
 #[derive(Clone, Debug, PartialEq)]
 pub struct VcpuState {
     /// What it was told of itself.
-    pub cpuid: Vec<kvm_bindings::kvm_cpuid_entry2>,
-    /// Model specific registers.
+    pub cpuid: Vec<kvm_cpuid_entry2>,
+    /// Model specific registers, those of [`VcpuTime`] left out.
     pub msrs: Vec<kvm_msr_entry>,
     /// General registers.
     pub regs: kvm_regs,
@@ -34,6 +39,129 @@ pub struct VcpuState {
     pub mp_state: kvm_mp_state,
     /// Pending exceptions and interrupts.
     pub events: kvm_vcpu_events,
+    /// What goes on by itself.
+    pub time: VcpuTime,
+}
+
+/// What of a vCPU's state goes on while nobody runs it.
+#[derive(Clone, Copy, PartialEq, prost::Message)]
+pub struct VcpuTime {
+    /// Time stamp counter.
+    #[prost(fixed64, tag = "1")]
+    pub tsc: u64,
+    /// When the local APIC's timer is due, in time stamps (SDM volume 3, 11.5.4.1); 0: not armed.
+    #[prost(fixed64, tag = "2")]
+    pub deadline: u64,
+}
+
+/// A vCPU in a state file. KVM's structures are part of Linux' user space ABI and go in as their bytes.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct VcpuRecord {
+    /// `kvm_cpuid_entry2`, one after the other.
+    #[prost(bytes = "vec", tag = "1")]
+    pub cpuid: Vec<u8>,
+    /// Model specific registers.
+    #[prost(message, repeated, tag = "2")]
+    pub msrs: Vec<MsrRecord>,
+    /// `kvm_regs`.
+    #[prost(bytes = "vec", tag = "3")]
+    pub regs: Vec<u8>,
+    /// `kvm_sregs`.
+    #[prost(bytes = "vec", tag = "4")]
+    pub sregs: Vec<u8>,
+    /// The XSAVE area.
+    #[prost(bytes = "vec", tag = "5")]
+    pub xsave: Vec<u8>,
+    /// `kvm_xcrs`.
+    #[prost(bytes = "vec", tag = "6")]
+    pub xcrs: Vec<u8>,
+    /// `kvm_debugregs`.
+    #[prost(bytes = "vec", tag = "7")]
+    pub debug: Vec<u8>,
+    /// `kvm_lapic_state`.
+    #[prost(bytes = "vec", tag = "8")]
+    pub lapic: Vec<u8>,
+    /// `kvm_mp_state`.
+    #[prost(uint32, tag = "9")]
+    pub mp_state: u32,
+    /// `kvm_vcpu_events`.
+    #[prost(bytes = "vec", tag = "10")]
+    pub events: Vec<u8>,
+}
+
+/// A model specific register.
+#[derive(Clone, Copy, PartialEq, prost::Message)]
+pub struct MsrRecord {
+    /// Its number.
+    #[prost(uint32, tag = "1")]
+    pub index: u32,
+    /// What is in it.
+    #[prost(fixed64, tag = "2")]
+    pub data: u64,
+}
+
+impl From<&VcpuState> for VcpuRecord {
+    fn from(state: &VcpuState) -> Self {
+        fn bytes(part: &(impl IntoBytes + Immutable + ?Sized)) -> Vec<u8> {
+            part.as_bytes().to_vec()
+        }
+        let msr = |msr: &kvm_msr_entry| MsrRecord {
+            index: msr.index,
+            data: msr.data,
+        };
+        Self {
+            cpuid: bytes(&state.cpuid[..]),
+            msrs: state.msrs.iter().map(msr).collect(),
+            regs: bytes(&state.regs),
+            sregs: bytes(&state.sregs),
+            xsave: bytes(&state.xsave),
+            xcrs: bytes(&state.xcrs),
+            debug: bytes(&state.debug),
+            lapic: bytes(&state.lapic),
+            mp_state: state.mp_state.mp_state,
+            events: bytes(&state.events),
+        }
+    }
+}
+
+impl VcpuRecord {
+    /// The state, with its time from elsewhere.
+    ///
+    /// # Errors
+    /// Names the part that has a wrong length.
+    pub fn to_state(&self, time: VcpuTime) -> Result<VcpuState, &'static str> {
+        fn part<T: FromBytes>(bytes: &[u8], name: &'static str) -> Result<T, &'static str> {
+            T::read_from_bytes(bytes).map_err(|_| name)
+        }
+        let mut entries = self.cpuid.chunks_exact(size_of::<kvm_cpuid_entry2>());
+        let cpuid = entries
+            .by_ref()
+            .map(|entry| part(entry, "CPUID"))
+            .collect::<Result<_, _>>()?;
+        if !entries.remainder().is_empty() {
+            return Err("CPUID");
+        }
+        let msr = |msr: &MsrRecord| kvm_msr_entry {
+            index: msr.index,
+            data: msr.data,
+            ..Default::default()
+        };
+        Ok(VcpuState {
+            cpuid,
+            msrs: self.msrs.iter().map(msr).collect(),
+            regs: part(&self.regs, "registers")?,
+            sregs: part(&self.sregs, "system registers")?,
+            xsave: part(&self.xsave, "XSAVE area")?,
+            xcrs: part(&self.xcrs, "extended control registers")?,
+            debug: part(&self.debug, "debug registers")?,
+            lapic: part(&self.lapic, "local APIC")?,
+            mp_state: kvm_mp_state {
+                mp_state: self.mp_state,
+            },
+            events: part(&self.events, "events")?,
+            time,
+        })
+    }
 }
 
 /// Saves a vCPU that is not running. `msrs` names the MSRs that KVM lists as worth saving.
@@ -42,15 +170,18 @@ pub struct VcpuState {
 /// What KVM refused.
 pub fn save(vcpu: &VcpuFd, msrs: &[u32]) -> Result<VcpuState, Failure> {
     let at = |what| move |error| (what, error);
+    // First: it makes KVM settle what is pending (KVM API 4.38).
+    let mp_state = vcpu.get_mp_state().map_err(at("saving its MP state"))?;
+    // Before the local APIC: a timer that fires in between is in both then. Once too often is harmless, never is not.
+    let (msrs, time) = split(save_msrs(vcpu, msrs)?);
     Ok(VcpuState {
-        // First: it makes KVM settle what is pending (KVM API 4.38).
-        mp_state: vcpu.get_mp_state().map_err(at("saving its MP state"))?,
+        mp_state,
         cpuid: vcpu
             .get_cpuid2(KVM_MAX_CPUID_ENTRIES)
             .map_err(at("saving CPUID"))?
             .as_slice()
             .to_vec(),
-        msrs: save_msrs(vcpu, msrs)?,
+        msrs,
         regs: vcpu.get_regs().map_err(at("saving its registers"))?,
         sregs: vcpu.get_sregs().map_err(at("saving its system registers"))?,
         xsave: vcpu.get_xsave().map_err(at("saving its FPU"))?.region,
@@ -58,7 +189,19 @@ pub fn save(vcpu: &VcpuFd, msrs: &[u32]) -> Result<VcpuState, Failure> {
         debug: vcpu.get_debug_regs().map_err(at("saving its debug registers"))?,
         lapic: vcpu.get_lapic().map_err(at("saving its local APIC"))?,
         events: vcpu.get_vcpu_events().map_err(at("saving its events"))?,
+        time,
     })
+}
+
+/// Takes what goes on by itself out of the MSRs.
+fn split(mut msrs: Vec<kvm_msr_entry>) -> (Vec<kvm_msr_entry>, VcpuTime) {
+    let data = |index| msrs.iter().find(|msr| msr.index == index).map_or(0, |msr| msr.data);
+    let time = VcpuTime {
+        tsc: data(MSR_TSC),
+        deadline: data(MSR_TSC_DEADLINE),
+    };
+    msrs.retain(|msr| ![MSR_TSC, MSR_TSC_DEADLINE].contains(&msr.index));
+    (msrs, time)
 }
 
 /// KVM stops at the first MSR that this guest does not have; those are left out.
@@ -85,12 +228,16 @@ fn list(entries: &[kvm_msr_entry]) -> Result<Msrs, Failure> {
     Msrs::from_entries(entries).map_err(|_| ("listing MSRs", kvm_ioctls::Error::new(libc::E2BIG)))
 }
 
-/// Gives a fresh vCPU a saved state.
+/// Gives a vCPU that has not run a saved state, but for its time. `tsc_khz`: another pace of time than the host's.
 ///
 /// # Errors
 /// What KVM refused: the state is another host's or was altered.
-pub fn restore(vcpu: &VcpuFd, state: &VcpuState) -> Result<(), Failure> {
+pub fn restore(vcpu: &VcpuFd, state: &VcpuState, tsc_khz: Option<u32>) -> Result<(), Failure> {
     let at = |what| move |error| (what, error);
+    if let Some(khz) = tsc_khz {
+        vcpu.set_tsc_khz(khz)
+            .map_err(at("setting the pace of its time stamps"))?;
+    }
     let cpuid =
         CpuId::from_entries(&state.cpuid).map_err(|_| ("listing CPUID", kvm_ioctls::Error::new(libc::E2BIG)))?;
     vcpu.set_cpuid2(&cpuid).map_err(at("restoring CPUID"))?;
@@ -110,13 +257,40 @@ pub fn restore(vcpu: &VcpuFd, state: &VcpuState) -> Result<(), Failure> {
     vcpu.set_debug_regs(&state.debug)
         .map_err(at("restoring its debug registers"))?;
     vcpu.set_lapic(&state.lapic).map_err(at("restoring its local APIC"))?;
-    let msrs = list(&state.msrs)?;
-    let set = vcpu.set_msrs(&msrs).map_err(at("restoring MSRs"))?;
-    if set != state.msrs.len() {
-        return Err((
-            "restoring MSRs: KVM does not take one of them",
-            kvm_ioctls::Error::new(libc::EINVAL),
-        ));
+    set_msrs(vcpu, &state.msrs)?;
+    vcpu.set_vcpu_events(&state.events)
+        .map_err(at("restoring its events"))?;
+    match vcpu.kvmclock_ctrl() {
+        Ok(()) => Ok(()),
+        // A guest without that clock.
+        Err(error) if error.errno() == libc::EINVAL => Ok(()),
+        // The guest's watchdogs overlook the time that it was gone (KVM API 4.70).
+        Err(error) => Err(("telling the guest that it was stopped", error)),
     }
-    vcpu.set_vcpu_events(&state.events).map_err(at("restoring its events"))
+}
+
+/// Lets a vCPU's time go on where it stood: right before it runs.
+///
+/// # Errors
+/// What KVM refused.
+pub fn restore_time(vcpu: &VcpuFd, time: VcpuTime) -> Result<(), Failure> {
+    let msr = |index, data| kvm_msr_entry {
+        index,
+        data,
+        ..Default::default()
+    };
+    let both = [msr(MSR_TSC, time.tsc), msr(MSR_TSC_DEADLINE, time.deadline)];
+    // Zero disarms, which a restored timer is already; and a guest may not have this timer.
+    set_msrs(vcpu, if time.deadline == 0 { &both[..1] } else { &both })
+}
+
+fn set_msrs(vcpu: &VcpuFd, entries: &[kvm_msr_entry]) -> Result<(), Failure> {
+    let set = vcpu
+        .set_msrs(&list(entries)?)
+        .map_err(|error| ("restoring MSRs", error))?;
+    if set == entries.len() {
+        return Ok(());
+    }
+    let refused = "restoring MSRs: KVM does not take one of them";
+    Err((refused, kvm_ioctls::Error::new(libc::EINVAL)))
 }

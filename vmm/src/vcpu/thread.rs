@@ -1,7 +1,7 @@
 //! The thread of a vCPU.
 //!
 //! ```text
-//!            Enter, Run                     exits: port and MMIO accesses -> buses
+//!            Run                            exits: port and MMIO accesses -> buses
 //! [waiting] ------------> [running KVM_RUN] ----+
 //!     ^                        |  ^             |
 //!     |   Pause (signal)       |  +-------------+
@@ -23,10 +23,11 @@ use flint_api::vmm::ExitReason;
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
 
-use super::state::VcpuState;
+use super::state::{VcpuState, VcpuTime};
 use super::{Error, registers, state};
 use crate::boot::Entry;
 use crate::bus::Bus;
+use crate::control::commands;
 use crate::exit::{Exit, ExitLatch};
 
 /// Enough for the deepest call below a device's registers; guest code does not run on it.
@@ -48,11 +49,18 @@ pub struct Context {
     pub exit: ExitLatch,
 }
 
+type Reply<T> = Sender<Result<T, Error>>;
+type Narrowing = Box<dyn FnOnce() -> io::Result<()> + Send>;
+
 enum Command {
-    Enter(Entry, Sender<Result<(), Error>>),
+    Enter(Entry, Reply<()>),
     Run,
+    Claim(VcpuTime),
     Pause(Sender<()>),
-    Save(Vec<u32>, Sender<Result<VcpuState, Error>>),
+    Save(Vec<u32>, Reply<Box<VcpuState>>),
+    Restore(Box<VcpuState>, Option<u32>, Reply<()>),
+    RestoreTime(VcpuTime, Reply<()>),
+    Narrow(Narrowing, Sender<io::Result<()>>),
 }
 
 /// A vCPU in its thread.
@@ -122,7 +130,7 @@ impl Vcpu {
     /// # Errors
     /// KVM refuses, or the thread is gone.
     pub fn enter(&self, entry: Entry) -> Result<(), Error> {
-        self.ask(|reply| Command::Enter(entry, reply))?
+        self.ask(|reply| Command::Enter(entry, reply))?.wait()?
     }
 
     /// Lets it run.
@@ -133,28 +141,65 @@ impl Vcpu {
         self.inbox.send(Command::Run).map_err(|_| self.gone())
     }
 
+    /// Lets a restored vCPU run, its time going on where it stood. A KVM that refuses that ends the sandbox.
+    ///
+    /// # Errors
+    /// The thread is gone.
+    pub fn claim(&self, time: VcpuTime) -> Result<(), Error> {
+        self.inbox.send(Command::Claim(time)).map_err(|_| self.gone())
+    }
+
     /// Takes it out of the guest; returns when it is out.
     ///
     /// # Errors
     /// The thread is gone.
     pub fn pause(&self) -> Result<(), Error> {
-        self.ask(Command::Pause)
+        let answer = self.ask(Command::Pause)?;
+        // SAFETY: the handle is not joined, so the thread's id is valid even if it has ended.
+        unsafe { libc::pthread_kill(self.thread.as_pthread_t(), SIGRTMIN()) };
+        answer.wait()
     }
 
-    /// Saves it; it must be paused.
+    /// Saves it; it must not run.
     ///
     /// # Errors
     /// KVM refuses, or the thread is gone.
-    pub fn save(&self, msrs: &[u32]) -> Result<VcpuState, Error> {
-        self.ask(|reply| Command::Save(msrs.to_vec(), reply))?
+    pub fn save(&self, msrs: &[u32]) -> Result<Box<VcpuState>, Error> {
+        self.ask(|reply| Command::Save(msrs.to_vec(), reply))?.wait()?
     }
 
-    fn ask<T>(&self, command: impl FnOnce(Sender<T>) -> Command) -> Result<T, Error> {
+    /// Gives it a saved state, but for its time, and the pace of its time stamp counter if it is another than the host's. It
+    /// must not have run. By the vCPU's own thread: KVM would move the vCPU to another one, and back, at a price.
+    ///
+    /// # Errors
+    /// The thread is gone; the answer tells what KVM refused.
+    pub fn restore(&self, state: Box<VcpuState>, khz: Option<u32>) -> Result<Answer<'_, Result<(), Error>>, Error> {
+        self.ask(|reply| Command::Restore(state, khz, reply))
+    }
+
+    /// Sets its time; it must not run.
+    ///
+    /// # Errors
+    /// The thread is gone; the answer tells what KVM refused.
+    pub fn restore_time(&self, time: VcpuTime) -> Result<Answer<'_, Result<(), Error>>, Error> {
+        self.ask(|reply| Command::RestoreTime(time, reply))
+    }
+
+    /// Has its thread confine itself further.
+    ///
+    /// # Errors
+    /// The thread is gone; the answer tells whether the host refuses.
+    pub fn narrow(
+        &self,
+        confine: impl FnOnce() -> io::Result<()> + Send + 'static,
+    ) -> Result<Answer<'_, io::Result<()>>, Error> {
+        self.ask(|reply| Command::Narrow(Box::new(confine), reply))
+    }
+
+    fn ask<T>(&self, command: impl FnOnce(Sender<T>) -> Command) -> Result<Answer<'_, T>, Error> {
         let (reply, answer) = channel();
         self.inbox.send(command(reply)).map_err(|_| self.gone())?;
-        // SAFETY: the handle is not joined, so the thread's id is valid even if it has ended.
-        unsafe { libc::pthread_kill(self.thread.as_pthread_t(), SIGRTMIN()) };
-        answer.recv().map_err(|_| self.gone())
+        Ok(Answer { vcpu: self, answer })
     }
 
     fn gone(&self) -> Error {
@@ -163,6 +208,23 @@ impl Vcpu {
             what: "its thread has ended",
             source: kvm_ioctls::Error::new(libc::ESRCH),
         }
+    }
+}
+
+/// What a vCPU was asked for: several can work at it at once.
+#[must_use]
+pub struct Answer<'a, T> {
+    vcpu: &'a Vcpu,
+    answer: Receiver<T>,
+}
+
+impl<T> Answer<'_, T> {
+    /// Waits for it.
+    ///
+    /// # Errors
+    /// The thread is gone.
+    pub fn wait(self) -> Result<T, Error> {
+        self.answer.recv().map_err(|_| self.vcpu.gone())
     }
 }
 
@@ -212,15 +274,27 @@ impl Runner {
         // Whoever asked may have stopped waiting: answers are sent without looking.
         match command {
             Command::Run => return Next::Run,
+            Command::Claim(time) => match state::restore_time(&self.fd, time) {
+                Ok(()) => return Next::Run,
+                Err(failure) => self
+                    .context
+                    .exit
+                    .set(Exit::new(ExitReason::KvmError, commands::chain(&self.error(failure)))),
+            },
             Command::Pause(reply) => drop(reply.send(())),
-            Command::Enter(entry, reply) => {
-                drop(reply.send(registers::set_entry(&self.fd, entry).map_err(|failure| self.error(failure))));
+            Command::Enter(entry, reply) => drop(reply.send(self.told(registers::set_entry(&self.fd, entry)))),
+            Command::Save(msrs, reply) => drop(reply.send(self.told(state::save(&self.fd, &msrs).map(Box::new)))),
+            Command::Restore(saved, khz, reply) => {
+                drop(reply.send(self.told(state::restore(&self.fd, &saved, khz))));
             }
-            Command::Save(msrs, reply) => {
-                drop(reply.send(state::save(&self.fd, &msrs).map_err(|failure| self.error(failure))));
-            }
+            Command::RestoreTime(time, reply) => drop(reply.send(self.told(state::restore_time(&self.fd, time)))),
+            Command::Narrow(confine, reply) => drop(reply.send(confine())),
         }
         Next::Wait
+    }
+
+    fn told<T>(&self, outcome: Result<T, (&'static str, kvm_ioctls::Error)>) -> Result<T, Error> {
+        outcome.map_err(|failure| self.error(failure))
     }
 
     fn error(&self, (what, source): (&'static str, kvm_ioctls::Error)) -> Error {

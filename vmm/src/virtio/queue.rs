@@ -30,6 +30,8 @@ pub struct VirtQueue {
     budget: u16,
     held_back: bool,
     interrupt_owed: bool,
+    /// Something was pushed since the last signal: a device that only looks at its queue does not interrupt.
+    pushed: bool,
 }
 
 /// Flags and index of the used ring, and the size of an element (virtio 1.3, 2.7.8).
@@ -55,6 +57,7 @@ impl VirtQueue {
             budget: 0,
             held_back: false,
             interrupt_owed: false,
+            pushed: false,
         })
     }
 
@@ -103,6 +106,7 @@ impl VirtQueue {
     /// # Errors
     /// When `head` is no index of a descriptor: a guest made it up.
     pub fn push(&mut self, head: u16, len: u32) -> Result<(), DeviceError> {
+        self.pushed = true;
         self.queue.add_used(&*self.memory, head, len).map_err(self.error())
     }
 
@@ -168,8 +172,12 @@ impl VirtQueue {
 
     /// Interrupts the driver if it wants to hear of what was pushed since the last time.
     pub fn signal(&mut self) -> Result<(), DeviceError> {
+        if !std::mem::take(&mut self.pushed) {
+            return Ok(());
+        }
+        let owed = std::mem::take(&mut self.interrupt_owed);
         let due = self.queue.needs_notification(&*self.memory).map_err(self.error())?;
-        if due || std::mem::take(&mut self.interrupt_owed) {
+        if due || owed {
             self.core.interrupt.used_buffers();
         }
         Ok(())

@@ -1,9 +1,11 @@
 //! What the tests of whole VMM processes share: a process with its control connection, and tiny guests.
 #![allow(dead_code, missing_docs)]
 
+pub mod driver;
 pub mod guest;
 pub mod linux;
 pub mod net;
+pub mod saved;
 
 use std::fs::{self, File};
 use std::io::{IoSliceMut, Read, Seek, SeekFrom, Write};

@@ -15,6 +15,8 @@
 //!                +--------------------------+
 //! ```
 
+pub mod file;
+
 use std::sync::Arc;
 
 use thiserror::Error;
@@ -51,6 +53,9 @@ pub enum Error {
         /// What the host said.
         source: vm_memory::mmap::FromRangesError,
     },
+    /// A file as memory.
+    #[error(transparent)]
+    File(#[from] file::Error),
     /// More than this host can address.
     #[error("guest memory of {0:#x} bytes is more than this host can address")]
     TooLarge(u64),
@@ -79,13 +84,45 @@ pub fn layout(size: u64) -> Vec<Range> {
     ranges
 }
 
-/// Where guest memory comes from. Today: fresh anonymous pages. A template's memory, mapped from a file, is the other kind.
+/// Where guest memory comes from.
+///
+/// Mapping has two steps, because a memory slot is registered with KVM long before it is known what will be in it: a range of
+/// addresses is reserved first, and filled later.
 pub trait MemorySource {
+    /// Maps what this source has over memory that is [`reserve`]d, whose addresses stay as they are.
+    ///
+    /// # Errors
+    /// The source does not fit the ranges, or the host refuses the mapping.
+    fn fill(&self, reserved: &GuestMemory) -> Result<(), Error>;
+
     /// Maps memory for `ranges`.
     ///
     /// # Errors
     /// The host refuses the mapping.
-    fn map(&self, ranges: &[Range]) -> Result<GuestMemory, Error>;
+    fn map(&self, ranges: &[Range]) -> Result<GuestMemory, Error> {
+        let memory = reserve(ranges)?;
+        self.fill(&memory)?;
+        Ok(memory)
+    }
+}
+
+/// Reserves addresses for `ranges`: they read as zero and cost nothing until they are touched.
+///
+/// # Errors
+/// The host refuses the mapping.
+pub fn reserve(ranges: &[Range]) -> Result<GuestMemory, Error> {
+    let total = ranges.iter().map(|range| range.size).sum();
+    let ranges = ranges
+        .iter()
+        .map(|range| {
+            Ok((
+                GuestAddress(range.start),
+                usize::try_from(range.size).map_err(|_| Error::TooLarge(total))?,
+            ))
+        })
+        .collect::<Result<Vec<_>, Error>>()?;
+    let memory = GuestMemoryMmap::from_ranges(&ranges).map_err(|source| Error::Map { size: total, source })?;
+    Ok(Arc::new(memory))
 }
 
 /// Private anonymous memory: zero until touched, gone with the process.
@@ -93,19 +130,8 @@ pub trait MemorySource {
 pub struct Anonymous;
 
 impl MemorySource for Anonymous {
-    fn map(&self, ranges: &[Range]) -> Result<GuestMemory, Error> {
-        let total = ranges.iter().map(|range| range.size).sum();
-        let ranges = ranges
-            .iter()
-            .map(|range| {
-                Ok((
-                    GuestAddress(range.start),
-                    usize::try_from(range.size).map_err(|_| Error::TooLarge(total))?,
-                ))
-            })
-            .collect::<Result<Vec<_>, Error>>()?;
-        let memory = GuestMemoryMmap::from_ranges(&ranges).map_err(|source| Error::Map { size: total, source })?;
-        Ok(Arc::new(memory))
+    fn fill(&self, _reserved: &GuestMemory) -> Result<(), Error> {
+        Ok(())
     }
 }
 

@@ -1,0 +1,245 @@
+//! A machine's life. Each phase is a type of its own, so a step that is not allowed does not compile:
+//!
+//! ```text
+//! Shell --create--> Created --load_kernel, start--> Running --pause--> Paused --save
+//!   |                                                ^   ^                |
+//!   +--reserve--> Reserved --load--> Parked --claim--+   +-----resume-----+
+//! ```
+//!
+//! A step that fails hands the phase back that it began in. Disks, taps and sockets are bound in any phase but the first.
+
+// A failed step hands its phase back by value: it happens at most a few times in a sandbox's life.
+#![allow(clippy::result_large_err)]
+
+use std::fs::File;
+
+use kvm_ioctls::Kvm;
+
+use super::config::Config;
+use super::snapshot::Time;
+use super::{Error, Machine};
+use crate::acpi;
+use crate::boot::{self, Entry};
+use crate::dial::Dialer;
+use crate::exit::ExitLatch;
+use crate::jail::{Confine, ThreadsFor};
+
+/// Before a machine is asked for.
+pub struct Shell {
+    pub(super) kvm: Kvm,
+    pub(super) exit: ExitLatch,
+    pub(super) confine: Confine,
+    pub(super) dialer: Dialer,
+}
+
+/// All parts are there; nothing has run.
+pub struct Created {
+    machine: Machine,
+    entry: Option<Entry>,
+}
+
+/// All parts are there, and wait for a snapshot.
+pub struct Reserved {
+    machine: Machine,
+    confine: Confine,
+}
+
+/// A snapshot is loaded: memory is mapped and all state set but for the time, which stands still.
+pub struct Parked {
+    machine: Machine,
+    time: Time,
+}
+
+/// The guest runs.
+pub struct Running {
+    machine: Machine,
+}
+
+/// The guest was running and stands still; so do its devices.
+pub struct Paused {
+    machine: Machine,
+}
+
+impl Shell {
+    /// A process that can make one machine.
+    #[must_use]
+    pub fn new(kvm: Kvm, exit: ExitLatch, confine: Confine, dialer: Dialer) -> Self {
+        Self {
+            kvm,
+            exit,
+            confine,
+            dialer,
+        }
+    }
+
+    /// Makes VM, memory, vCPUs and devices.
+    ///
+    /// # Errors
+    /// Something cannot be had; what was made is gone again, and the shell can be asked once more.
+    pub fn create(self, config: &Config) -> Result<Created, (Self, Error)> {
+        match Machine::new(&self, config, ThreadsFor::Boot) {
+            Ok(machine) => Ok(Created { machine, entry: None }),
+            Err(error) => Err((self, error)),
+        }
+    }
+
+    /// Makes all that a snapshot will be loaded into.
+    ///
+    /// # Errors
+    /// As [`Self::create`].
+    pub fn reserve(self, config: &Config) -> Result<Reserved, (Self, Error)> {
+        match Machine::new(&self, config, ThreadsFor::Restore) {
+            Ok(machine) => Ok(Reserved {
+                machine,
+                confine: self.confine,
+            }),
+            Err(error) => Err((self, error)),
+        }
+    }
+}
+
+impl Created {
+    /// Puts a kernel into memory; a later one takes its place.
+    ///
+    /// # Errors
+    /// It cannot be used, or does not fit.
+    pub fn load_kernel(&mut self, request: boot::Request<'_>) -> Result<(), Error> {
+        self.entry = None;
+        let entry = boot::load(&self.machine.memory, request)?;
+        boot::write_tables(&self.machine.memory, entry)?;
+        acpi::write(&self.machine.memory, self.machine.vcpu_count(), &self.machine.windows)?;
+        self.machine.generation.begin()?;
+        self.entry = Some(entry);
+        Ok(())
+    }
+
+    /// Lets the first vCPU enter the kernel; the others wait for its start signal.
+    ///
+    /// # Errors
+    /// No kernel is loaded, or KVM refuses the state.
+    pub fn start(self) -> Result<Running, (Self, Error)> {
+        let outcome = match self.entry {
+            Some(entry) => self.machine.enter(entry),
+            None => Err(Error::NoKernel),
+        };
+        match outcome {
+            Ok(()) => Ok(Running { machine: self.machine }),
+            Err(error) => Err((self, error)),
+        }
+    }
+}
+
+impl Reserved {
+    /// Loads a snapshot.
+    ///
+    /// # Errors
+    /// It cannot be read, is another host's or another machine's, or KVM refuses what is in it. Nothing has run, and
+    /// another one can be loaded.
+    pub fn load(self, state: &File, memory: File) -> Result<Parked, (Self, Error)> {
+        let loaded = self.machine.load(state, memory);
+        let narrowed = loaded.and_then(|time| {
+            self.machine.narrow_vcpus(&self.confine)?;
+            Ok(time)
+        });
+        match narrowed {
+            Ok(time) => Ok(Parked {
+                machine: self.machine,
+                time,
+            }),
+            Err(error) => Err((self, error)),
+        }
+    }
+}
+
+impl Parked {
+    /// Lets the guest go on, and its time.
+    ///
+    /// # Errors
+    /// A device cannot go on, or KVM refuses the clock; nothing has run.
+    pub fn claim(self) -> Result<Running, (Self, Error)> {
+        match self.machine.claim(&self.time) {
+            Ok(()) => Ok(Running { machine: self.machine }),
+            Err(error) => Err((self, error)),
+        }
+    }
+
+    /// Saves the machine, whose time is still the loaded one.
+    ///
+    /// # Errors
+    /// A file cannot be written, or KVM refuses.
+    pub fn save(&self, state: &File, memory: &File) -> Result<(), Error> {
+        // SAFETY: neither vCPUs nor devices have begun, or do so while this phase is borrowed.
+        unsafe { self.machine.save(state, memory, Some(&self.time)) }
+    }
+}
+
+impl Running {
+    /// Stops vCPUs, then devices.
+    ///
+    /// # Errors
+    /// A device cannot come to rest; the guest runs on.
+    pub fn pause(self) -> Result<Paused, (Self, Error)> {
+        match self.machine.pause() {
+            Ok(()) => Ok(Paused { machine: self.machine }),
+            Err(error) => match self.machine.resume() {
+                Ok(()) => Err((self, error)),
+                // Both failures have the same cause; the first tells it.
+                Err(_) => Err((self, error)),
+            },
+        }
+    }
+}
+
+impl Paused {
+    /// Lets devices, then vCPUs go on.
+    ///
+    /// # Errors
+    /// A device cannot go on; all stands still.
+    pub fn resume(self) -> Result<Running, (Self, Error)> {
+        match self.machine.resume() {
+            Ok(()) => Ok(Running { machine: self.machine }),
+            Err(error) => Err((self, error)),
+        }
+    }
+}
+
+impl Paused {
+    /// Saves the machine.
+    ///
+    /// # Errors
+    /// A file cannot be written, or KVM refuses. The guest can be resumed all the same.
+    pub fn save(&self, state: &File, memory: &File) -> Result<(), Error> {
+        // SAFETY: vCPUs and devices stand still as long as this phase is borrowed.
+        unsafe { self.machine.save(state, memory, None) }
+    }
+}
+
+impl AsRef<Machine> for Created {
+    fn as_ref(&self) -> &Machine {
+        &self.machine
+    }
+}
+
+impl AsRef<Machine> for Running {
+    fn as_ref(&self) -> &Machine {
+        &self.machine
+    }
+}
+
+impl AsRef<Machine> for Paused {
+    fn as_ref(&self) -> &Machine {
+        &self.machine
+    }
+}
+
+impl AsRef<Machine> for Reserved {
+    fn as_ref(&self) -> &Machine {
+        &self.machine
+    }
+}
+
+impl AsRef<Machine> for Parked {
+    fn as_ref(&self) -> &Machine {
+        &self.machine
+    }
+}

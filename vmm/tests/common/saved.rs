@@ -1,0 +1,113 @@
+//! Machines that are saved to files, and clones of them.
+
+use std::fs::{self, File};
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+
+use flint_api::vmm::request::Command;
+use flint_api::vmm::*;
+use tempfile::TempDir;
+
+use super::Vmm;
+
+/// A snapshot's two files.
+pub struct Saved {
+    pub folder: TempDir,
+    pub state: PathBuf,
+    pub memory: PathBuf,
+}
+
+impl Saved {
+    /// Two empty files.
+    pub fn empty() -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let path = |name| {
+            let path = folder.path().join(name);
+            File::create(&path).unwrap();
+            path
+        };
+        let (state, memory) = (path("state"), path("memory"));
+        Self { folder, state, memory }
+    }
+
+    /// Saves a machine that stands still.
+    pub fn of(vmm: &mut Vmm) -> Self {
+        let saved = Self::empty();
+        saved.save(vmm).unwrap();
+        saved
+    }
+
+    pub fn save(&self, vmm: &mut Vmm) -> Result<(), Error> {
+        let write = |path| File::options().write(true).open(path).unwrap();
+        let (state, memory) = (write(&self.state), write(&self.memory));
+        let saved = vmm.call(Command::SaveSnapshot(SaveSnapshot {}), &[state.as_fd(), memory.as_fd()]);
+        saved.map(drop)
+    }
+
+    /// Loads it, open for reading only.
+    pub fn load(&self, vmm: &mut Vmm) -> Result<(), Error> {
+        let (state, memory) = (File::open(&self.state).unwrap(), File::open(&self.memory).unwrap());
+        let loaded = vmm.call(Command::LoadSnapshot(LoadSnapshot {}), &[state.as_fd(), memory.as_fd()]);
+        loaded.map(drop)
+    }
+
+    /// A parked clone.
+    pub fn parked(&self, machine: CreateMachine) -> Vmm {
+        let mut vmm = reserved(machine);
+        self.load(&mut vmm).unwrap();
+        vmm
+    }
+
+    /// A clone that goes on, and its serial line.
+    pub fn cloned(&self, machine: CreateMachine) -> (Vmm, UnixStream) {
+        let mut vmm = self.parked(machine);
+        let serial = claim(&mut vmm, Claim::default(), &[]);
+        (vmm, serial)
+    }
+
+    pub fn state(&self) -> Vec<u8> {
+        fs::read(&self.state).unwrap()
+    }
+
+    pub fn memory(&self) -> Vec<u8> {
+        fs::read(&self.memory).unwrap()
+    }
+}
+
+/// A shell with all that a clone will need.
+pub fn reserved(machine: CreateMachine) -> Vmm {
+    let mut vmm = Vmm::spawn();
+    let machine = Some(machine);
+    vmm.ok(Command::ReserveMachine(ReserveMachine { machine }), &[]);
+    vmm
+}
+
+/// Claims a parked clone, with a serial line beside what the claim names.
+pub fn claim(vmm: &mut Vmm, claim: Claim, fds: &[&File]) -> UnixStream {
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    let mut all: Vec<_> = fds.iter().map(|file| file.as_fd()).collect();
+    all.push(theirs.as_fd());
+    let serial = Some(BindSerial {});
+    vmm.ok(Command::Claim(Claim { serial, ..claim }), &all);
+    ours
+}
+
+/// Stops a running guest and saves it.
+pub fn pause_and_save(vmm: &mut Vmm) -> Saved {
+    vmm.ok(Command::Pause(Pause {}), &[]);
+    Saved::of(vmm)
+}
+
+/// A claim of the first disk.
+pub fn claim_disk(slot: u32) -> ClaimDisk {
+    let source = Some(bind_disk::Source::RawFile(RawFile { direct: false }));
+    ClaimDisk {
+        disk: Some(BindDisk {
+            slot,
+            source,
+            rate_limit: None,
+        }),
+        fds: 1,
+    }
+}
