@@ -32,7 +32,8 @@ pub async fn measure(host: &Host, wanted: &Footprint, report: &mut Report) -> Re
 }
 
 async fn of_running(run_dir: &Path, report: &mut Report) -> Result<(), Error> {
-    let sandbox = only_sandbox(run_dir)?;
+    // Links in /proc name whole paths.
+    let sandbox = only_sandbox(&fs::canonicalize(run_dir)?)?;
     let pid = vmm_of(&sandbox)?;
     let memory = VmmMemory::read(&fs::read_to_string(format!("/proc/{pid}/smaps"))?)?;
     report.amount("flint-vmm: private memory beside the guest's", memory.own_private);

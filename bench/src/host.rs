@@ -17,7 +17,7 @@ use tonic::transport::{Channel, Endpoint, Uri};
 
 use crate::Error;
 use crate::report::Report;
-use crate::samples::Samples;
+use crate::samples::{Samples, StageSamples};
 
 const CONTAINER: &str = "main";
 
@@ -205,7 +205,7 @@ async fn channel(socket: std::path::PathBuf) -> Result<Channel, tonic::transport
 /// Samples of many starts, by stage.
 #[derive(Debug, Default)]
 pub struct Starts {
-    stages: Vec<Samples>,
+    stages: Vec<StageSamples>,
     boots: Option<Samples>,
     outputs: Option<Samples>,
 }
@@ -213,12 +213,12 @@ pub struct Starts {
 impl Starts {
     pub fn add(&mut self, timeline: &[Stage]) -> Result<(), Error> {
         for stage in timeline {
-            let duration = span(stage.duration)?;
-            match self.stages.iter_mut().find(|samples| samples.name == stage.name) {
-                Some(samples) => samples.push(duration),
+            let (start, duration) = (span(stage.start)?, span(stage.duration)?);
+            match self.stages.iter_mut().find(|samples| samples.name() == stage.name) {
+                Some(samples) => samples.push(start, duration),
                 None => {
-                    let mut samples = Samples::new(&stage.name);
-                    samples.push(duration);
+                    let mut samples = StageSamples::new(&stage.name);
+                    samples.push(start, duration);
                     self.stages.push(samples);
                 }
             }
@@ -235,9 +235,9 @@ impl Starts {
     /// Puts everything into the report; the median from spawn until flint-init is ready.
     pub fn finish(self, report: &mut Report) -> Option<Duration> {
         let boot = self.boots.as_ref().and_then(Samples::median);
-        self.stages
+        self.stages.into_iter().for_each(|stage| report.add_stage(stage));
+        self.boots
             .into_iter()
-            .chain(self.boots)
             .chain(self.outputs)
             .for_each(|samples| report.add(samples));
         boot

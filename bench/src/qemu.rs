@@ -16,6 +16,8 @@ use crate::Error;
 
 /// What flintd tells the guest's kernel, less what only its own devices need.
 pub const CMDLINE: &str = "console=ttyS0 quiet panic=-1 pci=off";
+/// What a sandbox of flintd has when its pod asks for nothing: a guest with more memory has more to set up.
+const MEMORY_MIB: &str = "320";
 /// Any context id will do; only one machine runs at a time.
 const GUEST_CID: u32 = 5005;
 /// VMADDR_CID_ANY (vsock(7)).
@@ -26,6 +28,7 @@ const LIMIT_MS: u16 = 60_000;
 pub struct Machine<'a> {
     pub qemu: &'a Path,
     pub kernel: &'a Path,
+    /// It must leave the end of its last page free for QEMU's ACPI tables; those of hack/build do.
     pub initrd: &'a Path,
     pub cmdline: &'a str,
 }
@@ -59,7 +62,7 @@ impl Machine<'_> {
             ])
             .args([
                 "-m",
-                "256",
+                MEMORY_MIB,
                 "-smp",
                 "1",
                 "-nodefaults",

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use serde::Serialize;
 
-use crate::samples::Samples;
+use crate::samples::{Samples, StageSamples};
 use crate::{Error, Format};
 
 /// Figures with all that is needed to judge them.
@@ -15,6 +15,7 @@ pub struct Report {
     level: String,
     facts: Vec<(String, String)>,
     amounts: Vec<(String, u64)>,
+    stages: Vec<StageSamples>,
     timings: Vec<Samples>,
 }
 
@@ -23,12 +24,16 @@ impl Report {
         let mut words = std::env::args();
         let program = words.next().unwrap_or_default();
         let program = program.rsplit('/').next().unwrap_or_default().to_owned();
-        let command = std::iter::once(program).chain(words).collect::<Vec<_>>().join(" ");
+        let command = std::iter::once(program)
+            .chain(words.map(quoted))
+            .collect::<Vec<_>>()
+            .join(" ");
         Self {
             command,
             level: level.to_owned(),
             facts,
             amounts: Vec::new(),
+            stages: Vec::new(),
             timings: Vec::new(),
         }
     }
@@ -44,6 +49,11 @@ impl Report {
 
     pub fn add(&mut self, samples: Samples) {
         self.timings.push(samples);
+    }
+
+    /// A stage of a start.
+    pub fn add_stage(&mut self, stage: StageSamples) {
+        self.stages.push(stage);
     }
 
     /// Tells somebody who waits how far it is.
@@ -73,11 +83,22 @@ impl Report {
             .chain(facts)
             .chain(amounts)
             .collect();
+        if !self.stages.is_empty() {
+            text += &format!(
+                "{:>10} {:>10} {:>10} {:>10} {:>4}\n",
+                "start", "median", "min", "max", "n"
+            );
+        }
+        for stage in &self.stages {
+            let (start, [median, min, max]) = stage_figures(stage);
+            let (name, n) = (stage.name(), stage.durations.len());
+            text += &format!("{start:>10} {median:>10} {min:>10} {max:>10} {n:>4}  {name}\n");
+        }
         if !self.timings.is_empty() {
             text += &format!("{:>10} {:>10} {:>10} {:>4}\n", "median", "min", "max", "n");
         }
         for samples in &self.timings {
-            let [median, min, max] = self.figures(samples);
+            let [median, min, max] = figures(samples);
             text += &format!(
                 "{median:>10} {min:>10} {max:>10} {:>4}  {}\n",
                 samples.len(),
@@ -98,18 +119,48 @@ impl Report {
                     .map(|(name, bytes)| format!("| {name} | {} |\n", kib(*bytes))),
             );
         }
+        if !self.stages.is_empty() {
+            text += "\n| stage | start, median | duration, median | min | max | n |\n|---|---|---|---|---|---|\n";
+        }
+        for stage in &self.stages {
+            let (start, [median, min, max]) = stage_figures(stage);
+            let (name, n) = (stage.name(), stage.durations.len());
+            text += &format!("| {name} | {start} | {median} | {min} | {max} | {n} |\n");
+        }
         if !self.timings.is_empty() {
             text += "\n| what | median | min | max | n |\n|---|---|---|---|---|\n";
         }
         for samples in &self.timings {
-            let [median, min, max] = self.figures(samples);
+            let [median, min, max] = figures(samples);
             text += &format!("| {} | {median} | {min} | {max} | {} |\n", samples.name, samples.len());
         }
         text
     }
+}
 
-    fn figures(&self, samples: &Samples) -> [String; 3] {
-        [(1, 2), (0, 1), (1, 1)].map(|(n, d)| samples.quantile(n, d).map(milliseconds).unwrap_or_default())
+/// Median, least and most.
+fn figures(samples: &Samples) -> [String; 3] {
+    [(1, 2), (0, 1), (1, 1)].map(|(n, d)| samples.quantile(n, d).map(milliseconds).unwrap_or_default())
+}
+
+/// A stage's start, and its durations where it has any.
+fn stage_figures(stage: &StageSamples) -> (String, [String; 3]) {
+    let start = stage.starts.median().map(milliseconds).unwrap_or_default();
+    let durations = if stage.is_moment() {
+        ["-".to_owned(), String::new(), String::new()]
+    } else {
+        figures(&stage.durations)
+    };
+    (start, durations)
+}
+
+/// A word of a command line as a shell takes it.
+fn quoted(word: String) -> String {
+    let plain = |c: char| c.is_ascii_alphanumeric() || "-_./:=@,".contains(c);
+    if !word.is_empty() && word.chars().all(plain) {
+        word
+    } else {
+        format!("'{}'", word.replace('\'', r"'\''"))
     }
 }
 
@@ -119,4 +170,35 @@ fn milliseconds(duration: Duration) -> String {
 
 fn kib(bytes: u64) -> String {
     format!("{} KiB", bytes.div_ceil(1024))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_moment_has_a_start_and_no_duration() {
+        let mut report = Report::new("test", Vec::new());
+        for (name, duration) in [("vmm.boot", 30), ("first-output", 0)] {
+            let mut stage = StageSamples::new(name);
+            stage.push(Duration::from_millis(12), Duration::from_millis(duration));
+            report.add_stage(stage);
+        }
+
+        let text = report.markdown();
+
+        assert!(
+            text.contains("| vmm.boot | 12.00 ms | 30.00 ms | 30.00 ms | 30.00 ms | 1 |"),
+            "{text}"
+        );
+        assert!(text.contains("| first-output | 12.00 ms | - |  |  | 1 |"), "{text}");
+    }
+
+    #[test]
+    fn a_command_can_be_pasted_into_a_shell() {
+        assert_eq!(quoted("--level".into()), "--level");
+        assert_eq!(quoted("emulated host".into()), "'emulated host'");
+        assert_eq!(quoted("it's".into()), r"'it'\''s'");
+        assert_eq!(quoted(String::new()), "''");
+    }
 }

@@ -43,9 +43,49 @@ impl Samples {
     }
 }
 
+/// One stage of many starts: when it began, counted from the start's own beginning, and how long it took.
+#[derive(Debug, Clone, Serialize)]
+pub struct StageSamples {
+    pub starts: Samples,
+    pub durations: Samples,
+}
+
+impl StageSamples {
+    pub fn new(name: &str) -> Self {
+        Self {
+            starts: Samples::new(format!("{name}: start")),
+            durations: Samples::new(name),
+        }
+    }
+
+    pub fn name(&self) -> &str {
+        &self.durations.name
+    }
+
+    pub fn push(&mut self, start: Duration, duration: Duration) {
+        self.starts.push(start);
+        self.durations.push(duration);
+    }
+
+    /// A stage that never takes time is a moment, such as a program's first output: its start says all.
+    pub fn is_moment(&self) -> bool {
+        self.durations.quantile(1, 1) == Some(Duration::ZERO)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn only_a_stage_that_never_took_time_is_a_moment() {
+        let mut stage = StageSamples::new("first-output");
+        stage.push(Duration::from_millis(7), Duration::ZERO);
+        assert!(stage.is_moment());
+
+        stage.push(Duration::from_millis(7), Duration::from_nanos(1));
+        assert!(!stage.is_moment());
+    }
 
     #[test]
     fn quantiles_are_samples_that_were_taken() {
