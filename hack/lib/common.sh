@@ -10,7 +10,8 @@ REPO=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 FLINT_CACHE=${FLINT_CACHE:-${HOME:-/root}/.cache/flint}
 export FLINT_CACHE
 export CARGO_TARGET_DIR=${CARGO_TARGET_DIR:-$FLINT_CACHE/target}
-PATH=$FLINT_CACHE/tools/bin:$PATH:${HOME:-/root}/.cargo/bin
+# rustup's cargo goes before a distribution's, which knows nothing of rust-toolchain.toml.
+PATH=$FLINT_CACHE/tools/bin:${CARGO_HOME:-${HOME:-/root}/.cargo}/bin:$PATH
 
 program=${0##*/}
 scratch=''
