@@ -15,6 +15,8 @@ pub mod chunk;
 pub mod device;
 #[cfg(feature = "store")]
 mod erofs;
+#[cfg(feature = "fuzzing")]
+pub mod fuzzing;
 #[cfg(feature = "store")]
 pub mod image;
 #[cfg(feature = "store")]

@@ -25,6 +25,9 @@ mod tests;
 use std::fs::File;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+#[cfg(any(test, feature = "fuzzing"))]
+#[cfg(feature = "store")]
+pub(crate) use build::seal;
 #[cfg(feature = "store")]
 pub use build::{BuildError, Table};
 use cache::{Cache, Key};

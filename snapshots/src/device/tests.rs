@@ -2,11 +2,8 @@
 
 use std::os::unix::fs::FileExt;
 
-use super::table::{
-    CHUNK_RECORD_LEN, DIRECTORY_ENTRY_LEN, EXTENT_RECORD_LEN, HASHED_HEADER_LEN, HEADER_LEN, PAGE_LEN, page_digest,
-};
+use super::table::{CHUNK_RECORD_LEN, DIRECTORY_ENTRY_LEN, EXTENT_RECORD_LEN, HEADER_LEN, PAGE_LEN};
 use super::*;
-use crate::bytes::u32_at;
 use crate::chunk::{Chunk, ChunkSink, MAX_CHUNK_LEN};
 use crate::image::Image;
 use crate::testing::{Numbers, TestPacks, file_with};
@@ -245,21 +242,6 @@ fn a_pack_cut_short_is_an_error() {
             ..
         })
     ));
-}
-
-/// Makes the digests of a changed table good again, as somebody would who wants to deceive.
-fn seal(table: &mut [u8]) {
-    let packs = u32_at(table, 12) as usize;
-    let shape = super::table::Shape::new(packs, u32_at(table, 24) as usize, u32_at(table, 28) as usize).unwrap();
-    for page in 0..shape.pages {
-        let digest = page_digest(&table[shape.pages_at + page * PAGE_LEN..][..PAGE_LEN]);
-        table[HEADER_LEN + packs * 4 + page * DIRECTORY_ENTRY_LEN + 8..][..digest.len()].copy_from_slice(&digest);
-    }
-    let mut hasher = blake3::Hasher::new();
-    hasher
-        .update(&table[..HASHED_HEADER_LEN])
-        .update(&table[HEADER_LEN..HEADER_LEN + shape.directory_len]);
-    table[HASHED_HEADER_LEN..HEADER_LEN].copy_from_slice(hasher.finalize().as_bytes());
 }
 
 #[test]

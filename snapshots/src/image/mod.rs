@@ -88,6 +88,9 @@ pub enum ImageError {
     /// The device would be too long.
     #[error("the image's files are longer than the {MAX_DEVICE_LEN} bytes that a device can have")]
     TooBig,
+    /// Their maps would take too much room.
+    #[error("the image's files with holes are too many or too long: leave them out, or fill them")]
+    TooManyHoles,
     /// Two layers say different things of one chunk, or a layer names one that it does not have.
     #[error("the layers' indexes contradict themselves: pull the image again")]
     Inconsistent,

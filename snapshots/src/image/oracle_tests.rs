@@ -6,7 +6,7 @@
 use std::collections::BTreeMap;
 use std::ffi::CString;
 use std::fs::{self, File};
-use std::io::Write;
+use std::io::{Read, Write};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
@@ -189,7 +189,8 @@ impl Drop for Mounted {
 /// Compares what umoci unpacks with what fsck.erofs and, if it may mount, the kernel find on the device.
 ///
 /// umoci gives a folder the present time when a whiteout changes what is in it; `folder_times` says that none does. fsck.erofs
-/// does not bring back hard links and extended attributes, and loses set-user-id when it gives a file its owner.
+/// does not bring back hard links and extended attributes, and loses set-user-id when it gives a file its owner; files with
+/// holes are compared by the kernel only, because its version 1.5 leaves out what comes after a hole.
 fn compare(tars: &[Vec<u8>], folder_times: bool) {
     let extracted = Look {
         exact: false,
@@ -202,13 +203,32 @@ fn compare(tars: &[Vec<u8>], folder_times: bool) {
     let folder = TempDir::new().unwrap();
     let device = device_file(tars, folder.path());
     let rootfs = umoci(tars, folder.path());
-    assert_same(
-        &describe(&rootfs, extracted),
-        &describe(&extract(&device, folder.path()), extracted),
+    let (mut expected, mut found) = (
+        describe(&rootfs, extracted),
+        describe(&extract(&device, folder.path()), extracted),
     );
+    let holed: Vec<_> = expected
+        .keys()
+        .filter(|path| has_hole(&rootfs.join(path)))
+        .cloned()
+        .collect();
+    for path in holed {
+        assert!(expected.remove(&path).is_some() && found.remove(&path).is_some());
+    }
+    assert_same(&expected, &found);
     if let Some(mounted) = Mounted::new(&device, folder.path()) {
         assert_same(&describe(&rootfs, all), &describe(&mounted.0, all));
     }
+}
+
+/// Whether a file has a block of zeros, which is not stored.
+fn has_hole(path: &Path) -> bool {
+    let is_file = path.symlink_metadata().unwrap().is_file();
+    is_file
+        && fs::read(path)
+            .unwrap()
+            .chunks(4096)
+            .any(|block| block.iter().all(|&byte| byte == 0))
 }
 
 fn folder_meta() -> Meta {
@@ -285,7 +305,6 @@ fn everything_a_file_can_be_survives() {
     compare(&[everything()], true);
 }
 
-/// Not by fsck.erofs, whose version 1.5 leaves out what comes after a hole.
 #[test]
 fn holes_are_zeros_to_the_kernel() {
     let mut data = Numbers::new(2).bytes(800_000);
@@ -435,6 +454,41 @@ fn an_image_of_real_packages_is_umocis() {
         .symlink("usr/bin/python", "python3.11");
     tars.push(upper.finish());
     compare(&tars, false);
+}
+
+/// The images that system tests run, where `hack/registry images` has built them.
+#[test]
+fn the_test_images_are_umocis() {
+    let cache = std::env::var_os("FLINT_CACHE").map(PathBuf::from);
+    let home = || std::env::var_os("HOME").map(|home| Path::new(&home).join(".cache/flint"));
+    let Some(layout) = cache.or_else(home).map(|cache| cache.join("images/layout")) else {
+        return;
+    };
+    let Ok(index) = fs::read(layout.join("index.json")) else {
+        eprintln!(
+            "left out: {} is not there; hack/registry images makes it",
+            layout.display()
+        );
+        return;
+    };
+    let blob = |descriptor: &serde_json::Value| {
+        let digest = descriptor["digest"].as_str().unwrap().replace(':', "/");
+        fs::read(layout.join("blobs").join(digest)).unwrap()
+    };
+    let index: serde_json::Value = serde_json::from_slice(&index).unwrap();
+    for image in index["manifests"].as_array().unwrap() {
+        let manifest: serde_json::Value = serde_json::from_slice(&blob(image)).unwrap();
+        let unpack = |layer| {
+            let stored = blob(layer);
+            let mut tar = Vec::new();
+            let unpacked =
+                crate::images::ingest::decompress(&mut &stored[..]).and_then(|mut all| all.read_to_end(&mut tar));
+            unpacked.unwrap();
+            tar
+        };
+        let tars: Vec<_> = manifest["layers"].as_array().unwrap().iter().map(unpack).collect();
+        compare(&tars, false);
+    }
 }
 
 #[test]

@@ -21,6 +21,8 @@ use crate::layer::{Extent, LayerIndex};
 
 /// The most block numbers of one sparse file, so that its map takes 64 KiB at most; longer files get longer units.
 const MAX_UNITS: u64 = 16 * 1024;
+/// The most block numbers of all sparse files together: 128 MiB of metadata.
+const MAX_ALL_UNITS: u64 = 32 << 20;
 /// The longest unit that EROFS has: 2^31 blocks.
 const MAX_UNIT_BITS: u8 = 31;
 
@@ -31,6 +33,8 @@ pub(super) struct Placer {
     numbers: HashMap<ChunkId, u32>,
     extents: Vec<DeviceExtent>,
     end: u64,
+    /// Block numbers of sparse files so far.
+    units: u64,
 }
 
 impl Placer {
@@ -66,6 +70,10 @@ impl Placer {
         let unit_bits = (0..=MAX_UNIT_BITS).find(|bits| size.div_ceil(BLOCK_LEN << bits) <= MAX_UNITS);
         let unit_bits = unit_bits.ok_or(ImageError::TooBig)?;
         let unit_len = BLOCK_LEN << unit_bits;
+        self.units += size.div_ceil(unit_len);
+        if self.units > MAX_ALL_UNITS {
+            return Err(ImageError::TooManyHoles);
+        }
         // At most MAX_UNITS of them.
         let mut units = vec![None; usize::try_from(size.div_ceil(unit_len)).map_err(|_| ImageError::TooBig)?];
         let mut current = None;

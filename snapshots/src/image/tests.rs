@@ -262,6 +262,63 @@ fn many_opaque_marks_on_a_deep_tree_are_quick() {
 }
 
 #[test]
+fn many_opaque_marks_on_a_wide_folder_are_quick() {
+    let lower = tar(|t| (0..100).fold(t, |t, n| t.file(&format!("d/old{n}"), b"")));
+    let upper = tar(|t| (0..30_000).fold(t, |t, n| t.file(&format!("d/{n}"), b"").file("d/.wh..wh..opq", b"")));
+    let begin = std::time::Instant::now();
+    assert_eq!(list(&[&lower, &upper]).unwrap().len(), 30_001);
+    // Looking at the folder once for each mark would be 900 million names, twice.
+    assert!(begin.elapsed().as_secs() < 20, "it took {:?}", begin.elapsed());
+}
+
+/// Applies one layer to a tree with little `room` and few `steps`; the first misfit.
+fn apply_within(room: usize, steps: u64, layer: &TarBuilder) -> Result<(), Misfit> {
+    let layers = layers(&[layer]);
+    let mut tree = Tree::new();
+    tree.room = room;
+    tree.steps.set(steps);
+    layers[0].entries.iter().try_for_each(|entry| tree.apply(entry, 0))
+}
+
+#[test]
+fn folders_that_no_layer_describes_count_as_well() {
+    let deep = tar(|t| t.file(&format!("{}x", "d/".repeat(1500)), b""));
+    assert_eq!(apply_within(1500, u64::MAX, &deep), Err(Misfit::TooManyFiles));
+    assert_eq!(apply_within(1501, u64::MAX, &deep), Ok(()));
+    // What is replaced has cost memory, too.
+    let again = tar(|t| (0..10).fold(t, |t, _| t.file("a", b"")));
+    assert_eq!(apply_within(9, u64::MAX, &again), Err(Misfit::TooManyFiles));
+}
+
+#[test]
+fn paths_over_long_symbolic_links_end() {
+    let around = "d/../".repeat(400);
+    let links = tar(|t| {
+        let t = t.dir("d").symlink("l0", "d");
+        let t = (1..200).fold(t, |t, n| t.symlink(&format!("l{n}"), &format!("{around}l{}", n - 1)));
+        (0..20).fold(t, |t, n| t.file(&format!("l199/{n}"), b""))
+    });
+    assert_eq!(apply_within(usize::MAX, 1_000_000, &links), Err(Misfit::TooManySteps));
+    assert_eq!(apply_within(usize::MAX, 20_000_000, &links), Ok(()));
+}
+
+#[test]
+fn many_files_with_holes_are_refused_before_their_maps_take_memory() {
+    // 64 MiB with a byte in each: 16384 block numbers, out of less than 2 KiB of tar.
+    let holes = |count: usize| {
+        tar(|t| {
+            (0..count).fold(t, |t, n| {
+                t.pax("GNU.sparse.size", b"67108864")
+                    .pax("GNU.sparse.map", b"67108863,1")
+                    .file(&format!("{n}"), b"x")
+            })
+        })
+    };
+    assert!(assemble(&layers(&[&holes(10)])).is_ok());
+    assert_eq!(assemble(&layers(&[&holes(2049)])), Err(ImageError::TooManyHoles));
+}
+
+#[test]
 fn too_many_layers_and_contradicting_indexes_are_refused() {
     let empty = vec![LayerIndex::default(); MAX_LAYERS + 1];
     assert_eq!(assemble(&empty), Err(ImageError::TooManyLayers(1001)));

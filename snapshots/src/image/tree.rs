@@ -1,11 +1,20 @@
 //! The file tree that an image's layers give: virtual, so that no path can lead out of it.
 
+use std::cell::Cell;
 use std::collections::BTreeMap;
 
 use crate::layer::{Attributes, DeviceNumber, Extent, MAX_NAME_LEN, MAX_PATH_LEN, shown};
 
 /// Symbolic links on the way to one file; umoci and containerd allow as many.
 const MAX_SYMLINKS: usize = 255;
+
+/// Inodes of one image, those that upper layers replace and folders that no layer describes included. Such folders cost the
+/// author of an image a few bytes and its reader memory.
+const MAX_INODES: usize = 2_000_000;
+
+/// Names that are looked up for one image. A hostile one makes each of its paths lead over hundreds of long symbolic links;
+/// for all paths of a good one some millions are enough.
+const MAX_STEPS: u64 = 1 << 28;
 
 /// Of a folder that no layer describes, but in which a layer has a file.
 static IMPLICIT_DIRECTORY: Attributes = Attributes {
@@ -28,6 +37,9 @@ pub(super) const ROOT: InodeId = 0;
 /// A tree over the entries of layers, from which names, attributes and content are borrowed.
 pub(super) struct Tree<'a> {
     pub(super) inodes: Vec<Inode<'a>>,
+    /// Inodes that may come yet, and names that may be looked up.
+    pub(super) room: usize,
+    pub(super) steps: Cell<u64>,
 }
 
 pub(super) struct Inode<'a> {
@@ -89,6 +101,14 @@ pub enum Misfit {
     /// The root is something else.
     #[error("the root can only be a directory")]
     Root,
+    /// A bomb, most likely.
+    #[error("with it the image has more than {MAX_INODES} files and folders, which is the limit; build one with fewer")]
+    TooManyFiles,
+    /// As well.
+    #[error(
+        "with it the image's paths have led over more than {MAX_STEPS} names, which is the limit; build one with fewer or shorter symbolic links"
+    )]
+    TooManySteps,
 }
 
 /// Splits off the last component.
@@ -113,6 +133,8 @@ impl<'a> Tree<'a> {
                 attributes: &IMPLICIT_DIRECTORY,
                 links: 1,
             }],
+            room: MAX_INODES,
+            steps: Cell::new(MAX_STEPS),
         }
     }
 
@@ -188,6 +210,7 @@ impl<'a> Tree<'a> {
         layer: usize,
     ) -> Result<InodeId, Misfit> {
         let inode = self.inodes.len();
+        self.room = self.room.checked_sub(1).ok_or(Misfit::TooManyFiles)?;
         self.inodes.push(Inode {
             kind,
             attributes,
@@ -248,17 +271,16 @@ impl<'a> Tree<'a> {
     /// Removes all that layers below `layer` have in a directory. What was cleared for this layer is not looked at again,
     /// so that a layer full of such marks costs no more than the tree is big.
     pub(super) fn clear_lower(&mut self, directory: InodeId, layer: usize) {
-        let mut found = vec![directory];
-        let mut next = 0;
-        while let Some(&id) = found.get(next) {
-            next += 1;
+        let mut found = Vec::new();
+        let mut todo = vec![directory];
+        while let Some(id) = todo.pop() {
             if let Some(directory) = self
                 .directory_mut(id)
                 .filter(|directory| directory.cleared_by != Some(layer))
             {
                 directory.cleared_by = Some(layer);
-                let children: Vec<_> = directory.children.values().map(|child| child.inode).collect();
-                found.extend(children.into_iter().filter(|&child| self.directory(child).is_some()));
+                todo.extend(directory.children.values().map(|child| child.inode));
+                found.push(id);
             }
         }
         for &id in found.iter().rev() {
@@ -313,6 +335,8 @@ impl<'a> Walk<'a> {
     /// The next name to look up in `at`.
     fn next(&mut self, tree: &Tree<'a>) -> Result<Option<&'a [u8]>, Misfit> {
         while let Some(name) = self.rest.pop() {
+            let left = tree.steps.get().checked_sub(1).ok_or(Misfit::TooManySteps)?;
+            tree.steps.set(left);
             if name != b".." {
                 return Ok(Some(name));
             }

@@ -111,9 +111,10 @@ impl Catalog {
 
     /// All images, by digest.
     pub(crate) fn list(&self) -> Result<Vec<Image>, ImageError> {
+        let references = self.references()?;
         self.digests()?
             .into_iter()
-            .filter_map(|digest| self.by_digest(digest).transpose())
+            .filter_map(|digest| self.image(digest, &references).transpose())
             .collect()
     }
 
@@ -137,17 +138,21 @@ impl Catalog {
     }
 
     fn by_digest(&self, digest: Digest) -> Result<Option<Image>, ImageError> {
+        self.image(digest, &self.references()?)
+    }
+
+    /// The image of that digest, with its names out of `references`.
+    fn image(&self, digest: Digest, references: &BTreeMap<String, String>) -> Result<Option<Image>, ImageError> {
         let Some(record) = self.record(digest)? else {
             return Ok(None);
         };
         let mut image: Image =
             serde_json::from_slice(&record).map_err(|error| record_error(&digest.to_string(), &error))?;
         let key = digest.to_string();
-        image.references = self
-            .references()?
-            .into_iter()
-            .filter(|(_, to)| *to == key)
-            .map(|(name, _)| name)
+        image.references = references
+            .iter()
+            .filter(|(_, to)| **to == key)
+            .map(|(name, _)| name.clone())
             .collect();
         Ok(Some(image))
     }
@@ -199,7 +204,7 @@ impl Catalog {
         self.write_table(image.digest, device, &places)?;
         let record = serde_json::to_vec(&image).map_err(|error| record_error(&key, &error))?;
         let chunks: Vec<u8> = device.chunks().iter().flat_map(|chunk| *chunk.id.as_bytes()).collect();
-        self.chunks.index().write("adding an image", |txn| {
+        let added = self.chunks.index().write("adding an image", |txn| {
             txn.open_table(IMAGES)?.insert(key.as_str(), record.as_slice())?;
             txn.open_table(IMAGE_CHUNKS)?.insert(key.as_str(), chunks.as_slice())?;
             let mut kept = txn.open_table(LAYERS)?;
@@ -214,7 +219,14 @@ impl Catalog {
                 references.insert(name.as_str(), key.as_str())?;
             }
             Ok(())
-        })?;
+        });
+        if let Err(error) = added {
+            // Without an image its table is litter; another pull may have published it meanwhile.
+            if !self.has(image.digest)? {
+                self.delete_table(image.digest)?;
+            }
+            return Err(error.into());
+        }
         self.by_digest(image.digest)?.ok_or(ImageError::NotHere { image: key })
     }
 
@@ -243,6 +255,10 @@ impl Catalog {
             txn.open_table(REFERENCES)?.retain(|_, to| to != key)?;
             Ok(())
         })?;
+        self.delete_table(digest)
+    }
+
+    fn delete_table(&self, digest: Digest) -> Result<(), ImageError> {
         let path = self.table_path(digest);
         match fs::remove_file(&path) {
             Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
@@ -342,8 +358,12 @@ impl Catalog {
             self.table_path(digest),
             self.tables.join(format!("{}.new", digest.hex())),
         );
-        write_synced(&aside, table.as_bytes()).map_err(StoreError::io("writing", &aside))?;
-        fs::rename(&aside, &path).map_err(StoreError::io("renaming", &aside))?;
+        let written = write_synced(&aside, table.as_bytes()).and_then(|()| fs::rename(&aside, &path));
+        if let Err(error) = written {
+            // What is left of it only takes room, of which there may be none; opening the store would delete it, too.
+            let _ = fs::remove_file(&aside);
+            return Err(StoreError::io("writing", &path)(error).into());
+        }
         Ok(sync_dir(&self.tables)?)
     }
 

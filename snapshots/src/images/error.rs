@@ -107,7 +107,7 @@ pub enum LayerError {
         found: Digest,
     },
     /// It is shorter or longer than the manifest says.
-    #[error("it has {found} bytes instead of {expected}")]
+    #[error("it has {found} bytes instead of {expected}; push it again, or mend the registry's storage")]
     Length {
         /// The manifest's.
         expected: u64,
@@ -200,11 +200,13 @@ fn registry_kind(error: &RegistryError) -> ErrorKind {
         | RegistryError::InsecureRealm { .. } => ErrorKind::Denied,
         RegistryError::Unreachable { .. }
         | RegistryError::Certificate { .. }
+        | RegistryError::Redirect { .. }
         | RegistryError::TimedOut { .. }
         | RegistryError::Status { .. } => ErrorKind::Unavailable,
-        RegistryError::TooLarge { .. } | RegistryError::Malformed { .. } | RegistryError::Altered { .. } => {
-            ErrorKind::BadImage
-        }
+        RegistryError::TooLarge { .. }
+        | RegistryError::TooLong { .. }
+        | RegistryError::Malformed { .. }
+        | RegistryError::Altered { .. } => ErrorKind::BadImage,
         RegistryError::NoPlatform { .. } | RegistryError::Unsupported { .. } => ErrorKind::Unsupported,
     }
 }

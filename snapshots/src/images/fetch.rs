@@ -1,5 +1,7 @@
 //! From a reference or a file to a published image.
 
+use std::cell::Cell;
+use std::convert::Infallible;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::SystemTime;
@@ -51,7 +53,11 @@ pub(crate) async fn pull(
     credentials: Option<Credentials>,
     progress: &Reporter,
 ) -> Result<Image, ImageError> {
-    let pull = Arc::new(inner.registry.pull(reference, credentials)?);
+    let pull = {
+        let (inner, reference) = (Arc::clone(inner), reference.clone());
+        blocking(move || Ok(inner.registry.pull(&reference, credentials)?)).await?
+    };
+    let pull = Arc::new(pull);
     let resolved = pull.resolve().await?;
     let layers = resolved
         .manifest
@@ -119,18 +125,30 @@ async fn carry_out(inner: &Arc<Inner>, plan: Plan, progress: &Reporter) -> Resul
         now.bytes_total = plan.layers.iter().map(LayerOrigin::size).sum();
         now.layers_total = u32::try_from(plan.layers.len()).unwrap_or(u32::MAX);
     });
-    let layers = fetch_layers(inner, &plan, &session, progress).await?;
+    let (at_work, mut all_gone) = mpsc::channel(1);
+    let layers = match fetch_layers(inner, &plan, &session, progress, at_work).await {
+        Ok(layers) => layers,
+        Err(error) => {
+            // Threads of other layers may still put chunks: a sweep before they end would leave these.
+            let None::<Infallible> = all_gone.recv().await;
+            return Err(error);
+        }
+    };
     progress.update(|now| now.stage = Stage::Assemble);
     let inner = Arc::clone(inner);
     blocking(move || publish(&inner, plan, &layers, &session)).await
 }
 
-/// Fetches all layers that are not here, some at a time, and returns them in their order.
+/// Memory that the indexes of one image's layers may take together.
+const MAX_INDEXES_LEN: usize = 512 << 20;
+
+/// Fetches all layers that are not here, some at a time, and returns them in their order. Whoever works on it holds `at_work`.
 async fn fetch_layers(
     inner: &Arc<Inner>,
     plan: &Plan,
     session: &Arc<Session>,
     progress: &Reporter,
+    at_work: mpsc::Sender<Infallible>,
 ) -> Result<Vec<LayerIndex>, ImageError> {
     let jobs: Vec<_> = plan
         .layers
@@ -143,10 +161,25 @@ async fn fetch_layers(
             image: plan.name.clone(),
             origin: origin.clone(),
             diff_id: *diff_id,
+            _at_work: at_work.clone(),
         })
         .collect();
     let parallel = inner.registry.config().parallel_layers.max(1);
-    stream::iter(jobs).map(Job::run).buffered(parallel).try_collect().await
+    let mut fetched = stream::iter(jobs).map(Job::run).buffered(parallel);
+    let (mut layers, mut memory) = (Vec::new(), 0);
+    while let Some(layer) = fetched.try_next().await? {
+        memory += layer.memory_len();
+        if memory > MAX_INDEXES_LEN {
+            return Err(ImageError::Assemble {
+                image: plan.name.clone(),
+                reason: format!(
+                    "the paths and attributes of their files take more than {MAX_INDEXES_LEN} bytes, which is the limit"
+                ),
+            });
+        }
+        layers.push(layer);
+    }
+    Ok(layers)
 }
 
 /// One layer.
@@ -158,6 +191,7 @@ struct Job {
     image: String,
     origin: LayerOrigin,
     diff_id: Digest,
+    _at_work: mpsc::Sender<Infallible>,
 }
 
 impl Job {
@@ -251,8 +285,16 @@ impl Job {
 
     fn ingest(&self, reader: impl std::io::Read + Send, expected: Expected) -> Result<LayerIndex, ImageError> {
         let mut sink = self.session.sink()?;
-        let advanced = |bytes| self.progress.update(|now| now.bytes_done += bytes);
-        ingest::layer(reader, expected, &mut sink, &advanced).map_err(|error| self.wrong(error))
+        let counted = Cell::new(0);
+        let advanced = |bytes| {
+            counted.set(counted.get() + bytes);
+            self.progress.update(|now| now.bytes_done += bytes);
+        };
+        ingest::layer(reader, self.origin.size(), expected, &mut sink, &advanced).map_err(|error| {
+            // The next source begins anew.
+            self.progress.update(|now| now.bytes_done -= counted.get());
+            self.wrong(error)
+        })
     }
 
     fn wrong(&self, source: LayerError) -> ImageError {

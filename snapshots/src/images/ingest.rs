@@ -12,10 +12,11 @@ use std::io::{self, BufRead, BufReader, Read};
 use tokio::sync::mpsc;
 
 use super::error::{ImageError, LayerError};
+use crate::chunk::ChunkSink;
 use crate::image::Image as DeviceImage;
 use crate::layer::{self, LayerIndex};
 use crate::registry::{Digest, Hasher};
-use crate::store::{Sink, StoreError};
+use crate::store::StoreError;
 
 /// What a layer has to be.
 #[derive(Debug, Clone, Copy)]
@@ -25,15 +26,17 @@ pub(crate) struct Expected {
     pub(crate) diff_id: Digest,
 }
 
-/// Reads a layer from `source` into `sink`.
+/// Reads a layer of `stored_len` bytes from `source` into `sink`.
 pub(crate) fn layer(
     source: impl Read,
+    stored_len: u64,
     expected: Expected,
-    sink: &mut Sink,
+    sink: &mut impl ChunkSink,
     advanced: &dyn Fn(u64),
 ) -> Result<LayerIndex, LayerError> {
     let mut stored = Tap::new(source, advanced);
-    let (result, diff_id) = unpack(&mut stored, sink);
+    let limits = layer::Limits::default().for_compressed_len(stored_len);
+    let (result, diff_id) = unpack(&mut stored, sink, &limits);
     if let Some(error) = result.as_ref().err().and_then(find_store_error) {
         return Err(error.into());
     }
@@ -65,24 +68,23 @@ pub(crate) fn layer(
 
 type BoxError = Box<dyn std::error::Error + Send + Sync>;
 
-fn unpack(stored: &mut impl Read, sink: &mut Sink) -> (Result<LayerIndex, BoxError>, Digest) {
+pub(crate) fn unpack(
+    stored: &mut impl Read,
+    sink: &mut impl ChunkSink,
+    limits: &layer::Limits,
+) -> (Result<LayerIndex, BoxError>, Digest) {
     let decompressed = match decompress(stored) {
         Ok(decompressed) => decompressed,
         Err(error) => return (Err(error.into()), Digest::of(b"")),
     };
     let mut tar = Tap::new(decompressed, &|_| ());
-    let ingested = layer::ingest(&mut tar, sink, &layer::Limits::default()).map_err(BoxError::from);
-    // Padding after the archive's end belongs to the diff id.
-    let result = ingested.and_then(|index| {
-        io::copy(&mut tar, &mut io::sink())
-            .map(|_| index)
-            .map_err(BoxError::from)
-    });
+    // It reads to the stream's end: padding behind the archive belongs to the diff id.
+    let result = layer::ingest(&mut tar, sink, limits).map_err(BoxError::from);
     (result, tar.finish().1)
 }
 
 /// Tells the compression by the first bytes: media types are wrong too often, and archives have none.
-fn decompress<'a>(stored: &'a mut impl Read) -> io::Result<Box<dyn Read + 'a>> {
+pub(crate) fn decompress<'a>(stored: &'a mut impl Read) -> io::Result<Box<dyn Read + 'a>> {
     /// A frame that wants a larger window is refused: 128 MiB is what zstd's own tool allows without being asked.
     const WINDOW_LOG_MAX: u32 = 27;
     let mut stored = BufReader::with_capacity(128 << 10, stored);

@@ -16,7 +16,7 @@ mod catalog;
 mod error;
 mod fetch;
 mod flight;
-mod ingest;
+pub(crate) mod ingest;
 mod keep;
 mod record;
 

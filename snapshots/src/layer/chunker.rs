@@ -12,8 +12,8 @@
 
 use std::collections::HashMap;
 
-use super::LayerError;
 use super::index::{Entry, EntryKind, Extent, LayerIndex};
+use super::{LayerError, Limits};
 use crate::chunk::{Chunk, ChunkId, ChunkSink, MAX_CHUNK_LEN};
 
 /// Files from this length on have chunks of their own.
@@ -30,7 +30,10 @@ const CUT_MASK: u8 = 3;
 /// Builds a layer index, and puts chunks into a sink.
 pub(super) struct Chunker<'s, S> {
     sink: &'s mut S,
+    limits: &'s Limits,
     index: LayerIndex,
+    /// Memory that the entries take.
+    index_len: usize,
     numbers: HashMap<ChunkId, u32>,
     pack: Vec<u8>,
     /// Entries whose content is in the pack, with offset and length there.
@@ -38,29 +41,44 @@ pub(super) struct Chunker<'s, S> {
 }
 
 impl<'s, S: ChunkSink> Chunker<'s, S> {
-    pub(super) fn new(sink: &'s mut S) -> Self {
+    pub(super) fn new(sink: &'s mut S, limits: &'s Limits) -> Self {
         Self {
             sink,
+            limits,
             index: LayerIndex::default(),
+            index_len: 0,
             numbers: HashMap::new(),
             pack: Vec::new(),
             waiting: Vec::new(),
         }
     }
 
-    pub(super) fn len(&self) -> usize {
-        self.index.entries.len()
-    }
-
-    pub(super) fn push(&mut self, entry: Entry) {
+    /// Adds an entry whose content, if it has any, is put already.
+    pub(super) fn push(&mut self, entry: Entry) -> Result<(), LayerError> {
+        let Limits {
+            max_entries,
+            max_index_len,
+            ..
+        } = *self.limits;
+        let limit = |what, limit: usize| LayerError::Limit {
+            what,
+            limit: limit as u64,
+        };
+        if self.index.entries.len() >= max_entries {
+            return Err(limit("files in a layer", max_entries));
+        }
+        self.index_len += entry.memory_len();
+        if self.index_len > max_index_len {
+            return Err(limit("bytes of paths and attributes", max_index_len));
+        }
         self.index.entries.push(entry);
+        Ok(())
     }
 
     /// Adds a file that is shorter than [`LONG_FILE`], whose content is `data`.
     pub(super) fn push_short(&mut self, entry: Entry, data: &[u8]) -> Result<(), LayerError> {
         if is_zero(data) {
-            self.push(entry);
-            return Ok(());
+            return self.push(entry);
         }
         if self.pack.len() + data.len() > MAX_PACK {
             self.cut()?;
@@ -68,7 +86,7 @@ impl<'s, S: ChunkSink> Chunker<'s, S> {
         let cut_after = blake3::hash(&entry.path).as_bytes()[0] & CUT_MASK == 0;
         self.waiting
             .push((self.index.entries.len(), len32(self.pack.len()), len32(data.len())));
-        self.push(entry);
+        self.push(entry)?;
         self.pack.extend_from_slice(data);
         if self.pack.len() >= MIN_PACK && cut_after {
             self.cut()

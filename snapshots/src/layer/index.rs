@@ -16,6 +16,14 @@ pub struct LayerIndex {
     pub entries: Vec<Entry>,
 }
 
+impl LayerIndex {
+    /// Bytes of memory that it takes, roughly.
+    pub fn memory_len(&self) -> usize {
+        let chunks = self.chunks.len() * size_of::<Chunk>();
+        chunks + self.entries.iter().map(Entry::memory_len).sum::<usize>()
+    }
+}
+
 /// One member of a layer.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Entry {
@@ -25,6 +33,22 @@ pub struct Entry {
     pub kind: EntryKind,
     /// Owner, permissions, times and extended attributes; without meaning for hard links, whiteouts and opaque marks.
     pub attributes: Attributes,
+}
+
+impl Entry {
+    /// Bytes of memory that it takes, roughly; the one extent that a short file gets later is counted.
+    pub(super) fn memory_len(&self) -> usize {
+        let xattrs = self.attributes.xattrs.iter();
+        let xattrs: usize = xattrs
+            .map(|xattr| size_of::<Xattr>() + xattr.name.len() + xattr.value.len())
+            .sum();
+        let more = match &self.kind {
+            EntryKind::File { extents, .. } => extents.len().max(1) * size_of::<Extent>(),
+            EntryKind::Symlink { target } | EntryKind::HardLink { target } => target.len(),
+            _ => 0,
+        };
+        size_of::<Self>() + self.path.len() + xattrs + more
+    }
 }
 
 /// What a member is.

@@ -24,15 +24,9 @@ const AUFS: &[u8] = b".wh..wh.";
 /// [`LayerError`] says what is wrong with the tar, and where; chunks may have been put by then.
 pub fn ingest(tar: impl Read, sink: &mut impl ChunkSink, limits: &Limits) -> Result<LayerIndex, LayerError> {
     let mut reader = TarReader::new(tar, limits);
-    let mut chunker = Chunker::new(sink);
+    let mut chunker = Chunker::new(sink, limits);
     let mut buffer = Vec::new();
     while let Some(member) = reader.next_member()? {
-        if chunker.len() >= limits.max_entries {
-            return Err(LayerError::Limit {
-                what: "files in a layer",
-                limit: limits.max_entries as u64,
-            });
-        }
         let Some(path) = clean_path(&member.path)? else {
             continue;
         };
@@ -47,7 +41,7 @@ pub fn ingest(tar: impl Read, sink: &mut impl ChunkSink, limits: &Limits) -> Res
                 path,
                 kind,
                 attributes: Attributes::default(),
-            });
+            })?;
             continue;
         }
         add(member, path, &mut reader, &mut chunker, &mut buffer, limits)?;
@@ -95,8 +89,7 @@ fn add<R: Read, S: ChunkSink>(
         MemberKind::BlockDevice(number) => EntryKind::BlockDevice(number),
         MemberKind::Fifo => EntryKind::Fifo,
     };
-    chunker.push(entry);
-    Ok(())
+    chunker.push(entry)
 }
 
 /// Adds a file, window by window: a window is what one chunk of it can hold.
@@ -134,8 +127,7 @@ fn add_file<R: Read, S: ChunkSink>(
         extents.extend(chunker.put_piece(window, buffer)?);
     }
     entry.kind = EntryKind::File { size, extents };
-    chunker.push(entry);
-    Ok(())
+    chunker.push(entry)
 }
 
 /// A path in the form of [`Entry::path`]; `None` for an empty one, which names nothing.

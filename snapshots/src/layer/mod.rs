@@ -11,6 +11,8 @@ mod tests;
 use std::io;
 
 pub use encoding::DecodeError;
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) use encoding::seal;
 pub use index::{Attributes, DeviceNumber, Entry, EntryKind, Extent, LayerIndex, Timestamp, Xattr};
 pub use ingest::ingest;
 
@@ -32,10 +34,12 @@ pub struct Limits {
     pub max_file_len: u64,
     /// Pieces of one sparse file.
     pub max_segments: usize,
-    /// Bytes of one extended header (PAX, or a GNU long name).
+    /// Bytes of the extended headers (PAX, GNU long names) of one member.
     pub max_extension_len: usize,
     /// Names and values of the extended attributes of one file.
     pub max_xattrs_len: usize,
+    /// Memory that the layer's index takes: paths, targets, attributes and maps of its members.
+    pub max_index_len: usize,
 }
 
 impl Default for Limits {
@@ -47,6 +51,7 @@ impl Default for Limits {
             max_segments: 100_000,
             max_extension_len: 1 << 20,
             max_xattrs_len: 128 << 10,
+            max_index_len: 256 << 20,
         }
     }
 }
@@ -86,7 +91,7 @@ pub enum LayerError {
         at: u64,
     },
     /// It is not a tar, or not a valid one.
-    #[error("the layer's tar is malformed before byte {at}: {what}")]
+    #[error("the layer's tar is malformed before byte {at}: {what}; build the image again")]
     Malformed {
         /// How far it was read.
         at: u64,
@@ -94,7 +99,9 @@ pub enum LayerError {
         what: &'static str,
     },
     /// It asks for more than allowed.
-    #[error("the layer is beyond the limit of {limit} {what}")]
+    #[error(
+        "the layer has more than {limit} {what}, which is the limit: if it is no bomb, build the image with less in one layer"
+    )]
     Limit {
         /// What there is too much of.
         what: &'static str,
@@ -102,7 +109,7 @@ pub enum LayerError {
         limit: u64,
     },
     /// A member is of a kind that no engine unpacks.
-    #[error("{path:?} in the layer's tar is of unknown type {kind:?}")]
+    #[error("{path:?} in the layer's tar is of unknown type {kind:?}; leave it out of the image")]
     UnknownType {
         /// Path of the member.
         path: String,
@@ -110,7 +117,9 @@ pub enum LayerError {
         kind: char,
     },
     /// A path is longer than Linux allows.
-    #[error("the path {path:?} in the layer, or a name in it, is longer than Linux allows")]
+    #[error(
+        "the path {path:?} in the layer, or a name in it, is longer than Linux allows (4095 bytes, 255 for a name)"
+    )]
     PathTooLong {
         /// The path, cut.
         path: String,
@@ -128,7 +137,7 @@ pub enum LayerError {
         path: String,
     },
     /// More extended attributes than a file can have.
-    #[error("{path:?} in the layer has extended attributes that are too long or too many")]
+    #[error("{path:?} in the layer has extended attributes that are too long or too many for a file")]
     TooManyXattrs {
         /// Path of the file.
         path: String,

@@ -1,18 +1,19 @@
 //! Authorization: nothing, basic, or a bearer token from where the registry says (distribution specification, "token").
 
-use http_auth::ChallengeRef;
 use reqwest::header::{AUTHORIZATION, HeaderMap, HeaderValue, WWW_AUTHENTICATE};
 use reqwest::{RequestBuilder, StatusCode, Url};
 use serde::Deserialize;
 use tokio::sync::Mutex;
 
+use super::challenge::Challenge;
+use super::credentials::Login;
 use super::endpoint::{Endpoint, url_is_loopback};
 use super::source::read_limited;
 use super::{Credentials, RegistryConfig, RegistryError, http};
 
 /// What one pull shows one registry. Two pulls share nothing.
 pub(crate) struct Authorizer {
-    credentials: Option<Credentials>,
+    login: Login,
     /// What was accepted last. Held while a new one is fetched, so that layers in parallel fetch one token.
     current: Mutex<Option<HeaderValue>>,
 }
@@ -24,9 +25,9 @@ struct TokenAnswer {
 }
 
 impl Authorizer {
-    pub(crate) fn new(credentials: Option<Credentials>) -> Self {
+    pub(crate) fn new(login: Login) -> Self {
         Self {
-            credentials,
+            login,
             current: Mutex::new(None),
         }
     }
@@ -39,13 +40,17 @@ impl Authorizer {
     /// The error for a request that was refused whatever was shown.
     pub(crate) fn refused(&self, endpoint: &Endpoint, repository: &str) -> RegistryError {
         let (registry, repository) = (endpoint.to_string(), repository.to_owned());
-        match &self.credentials {
+        match &self.login.credentials {
             Some(Credentials { username, .. }) => RegistryError::WrongCredentials {
                 registry,
                 repository,
                 username: username.clone(),
             },
-            None => RegistryError::CredentialsNeeded { registry, repository },
+            None => RegistryError::CredentialsNeeded {
+                registry,
+                repository,
+                elsewhere: self.login.elsewhere.clone(),
+            },
         }
     }
 
@@ -64,42 +69,29 @@ impl Authorizer {
         if let Some(newer) = current.as_ref().filter(|newer| Some(*newer) != shown) {
             return Ok(newer.clone());
         }
-        let text: Vec<_> = headers
+        let offers: Vec<_> = headers
             .get_all(WWW_AUTHENTICATE)
             .iter()
             .filter_map(|value| value.to_str().ok())
             .collect();
-        let text = text.join(", ");
         let malformed = |reason: String| RegistryError::Malformed {
             what: format!("the challenge of registry {endpoint}"),
             reason,
         };
-        let challenges = http_auth::parse_challenges(&text).map_err(|error| malformed(error.to_string()))?;
-        let of = |scheme: &str| {
-            challenges
-                .iter()
-                .find(|challenge| challenge.scheme.eq_ignore_ascii_case(scheme))
-        };
-        let header = if let Some(challenge) = of("bearer") {
-            let token = Exchange {
-                client,
-                config,
-                endpoint,
-                repository,
+        let header = match Challenge::parse(&offers.join(", "), repository).map_err(malformed)? {
+            Challenge::Bearer(url) => {
+                let exchange = Exchange {
+                    client,
+                    config,
+                    endpoint,
+                    repository,
+                };
+                format!("Bearer {}", exchange.token(self, url).await?)
             }
-            .token(self, challenge)
-            .await?;
-            format!("Bearer {token}")
-        } else if of("basic").is_some() {
-            let Some(credentials) = &self.credentials else {
-                return Err(self.refused(endpoint, repository));
-            };
-            if shown.is_some() {
-                return Err(self.refused(endpoint, repository));
-            }
-            basic(credentials)
-        } else {
-            return Err(malformed("it offers neither Basic nor Bearer".to_owned()));
+            Challenge::Basic => match &self.login.credentials {
+                Some(credentials) if shown.is_none() => basic(credentials),
+                _ => return Err(self.refused(endpoint, repository)),
+            },
         };
         let mut header = HeaderValue::from_str(&header).map_err(|_| malformed("the token is no text".to_owned()))?;
         header.set_sensitive(true);
@@ -122,21 +114,20 @@ struct Exchange<'a> {
 }
 
 impl Exchange<'_> {
-    async fn token(&self, authorizer: &Authorizer, challenge: &ChallengeRef<'_>) -> Result<String, RegistryError> {
+    async fn token(&self, authorizer: &Authorizer, url: Url) -> Result<String, RegistryError> {
         let Self {
             client,
             config,
             endpoint,
             repository,
         } = self;
-        let realm = self.realm(challenge)?;
-        let plain = realm.scheme() == "http" && !url_is_loopback(&realm) && !endpoint.is_plain();
-        let mut request = client.get(realm.clone());
-        if let Some(credentials) = &authorizer.credentials {
+        let plain = url.scheme() == "http" && !url_is_loopback(&url) && !endpoint.is_plain();
+        let mut request = client.get(url.clone());
+        if let Some(credentials) = &authorizer.login.credentials {
             if plain {
                 return Err(RegistryError::InsecureRealm {
                     registry: endpoint.to_string(),
-                    realm: realm.to_string(),
+                    realm: url.to_string(),
                 });
             }
             request = request.header(AUTHORIZATION, basic(credentials));
@@ -163,34 +154,6 @@ impl Exchange<'_> {
             .or(answer.access_token)
             .filter(|token| !token.is_empty())
             .ok_or_else(|| malformed("it has no token"))
-    }
-
-    fn realm(&self, challenge: &ChallengeRef<'_>) -> Result<Url, RegistryError> {
-        let Self {
-            endpoint, repository, ..
-        } = self;
-        let parameter = |name: &str| {
-            challenge
-                .params
-                .iter()
-                .find(|(key, _)| key.eq_ignore_ascii_case(name))
-                .map(|(_, value)| value.to_unescaped())
-        };
-        let malformed = |reason: String| RegistryError::Malformed {
-            what: format!("the challenge of registry {endpoint}"),
-            reason,
-        };
-        let realm = parameter("realm").ok_or_else(|| malformed("it has no realm".to_owned()))?;
-        let mut url = Url::parse(&realm).map_err(|error| malformed(format!("realm {realm:?}: {error}")))?;
-        if !matches!(url.scheme(), "http" | "https") {
-            return Err(malformed(format!("realm {realm:?} is no http address")));
-        }
-        let scope = parameter("scope").unwrap_or_else(|| format!("repository:{repository}:pull"));
-        url.query_pairs_mut().append_pair("scope", &scope);
-        if let Some(service) = parameter("service") {
-            url.query_pairs_mut().append_pair("service", &service);
-        }
-        Ok(url)
     }
 }
 

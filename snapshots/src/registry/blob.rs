@@ -89,9 +89,10 @@ impl BlobStream {
         // No more than the whole piece is dropped, so it fits.
         let piece = &piece[usize::try_from(dropped).unwrap_or(piece.len())..];
         if piece.len() as u64 > self.blob.size - self.done {
-            return Err(RegistryError::TooLarge {
+            return Err(RegistryError::TooLong {
+                registry,
                 what: format!("blob {}", self.blob.digest),
-                limit: self.blob.size,
+                expected: self.blob.size,
             });
         }
         self.done += piece.len() as u64;

@@ -135,3 +135,20 @@ impl Default for Limits {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pauses_grow_to_the_maximum_and_a_server_may_ask_for_that_much() {
+        let retries = Retries::default();
+        for _ in 0..100 {
+            assert!(retries.pause(1, None) <= retries.base);
+            assert!(retries.pause(1, None) >= retries.base / 2);
+            assert!(retries.pause(30, None) <= retries.max);
+            assert_eq!(retries.pause(1, Some(Duration::from_secs(3))), Duration::from_secs(3));
+            assert_eq!(retries.pause(1, Some(Duration::from_secs(3600))), retries.max);
+        }
+    }
+}

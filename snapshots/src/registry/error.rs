@@ -46,7 +46,9 @@ pub enum RegistryError {
         reason: String,
     },
     /// It took too long.
-    #[error("registry {registry} was silent for {after:?} ({what}); it is overloaded, or the network is")]
+    #[error(
+        "registry {registry} was silent for {after:?} ({what}); it is overloaded, or the network is: try again later"
+    )]
     TimedOut {
         /// Its address.
         registry: String,
@@ -65,13 +67,16 @@ pub enum RegistryError {
     },
     /// Credentials are needed, and none were given. Registries also say so of repositories that are not there.
     #[error(
-        "registry {registry} wants credentials for {repository}: log in, or check the name (a repository that does not exist looks the same)"
+        "registry {registry} wants credentials for {repository}: log in, or check the name (a repository that does not exist looks the same){}",
+        elsewhere.as_ref().map(|place| format!("; docker's configuration leaves them to {place}, which is not asked here: put user name and password under its \"auths\", or give them with the pull")).unwrap_or_default()
     )]
     CredentialsNeeded {
         /// Its address.
         registry: String,
         /// Which repository.
         repository: String,
+        /// Where docker's configuration says that they are.
+        elsewhere: Option<String>,
     },
     /// The credentials are not accepted.
     #[error(
@@ -86,15 +91,27 @@ pub enum RegistryError {
         username: String,
     },
     /// Credentials would be sent where they can be read.
-    #[error("registry {registry} wants credentials sent to {realm} unencrypted; that is refused")]
+    #[error(
+        "registry {registry} wants credentials sent to {realm} unencrypted; that is refused: have the registry serve its tokens by https"
+    )]
     InsecureRealm {
         /// Its address.
         registry: String,
         /// Where its tokens come from.
         realm: String,
     },
+    /// It sends elsewhere, again and again or out of TLS.
+    #[error(
+        "registry {registry} redirects to where it cannot be followed: {reason}; mend the registry's configuration"
+    )]
+    Redirect {
+        /// Its address.
+        registry: String,
+        /// What is wrong with the redirection.
+        reason: String,
+    },
     /// An answer that is no success.
-    #[error("registry {registry} answered {status} for {what}{}", message.as_ref().map(|text| format!(": {text}")).unwrap_or_default())]
+    #[error("registry {registry} answered {status} for {what}{}{}", message.as_ref().map(|text| format!(": {text}")).unwrap_or_default(), status_hint(*status))]
     Status {
         /// Its address.
         registry: String,
@@ -108,15 +125,29 @@ pub enum RegistryError {
         retry_after: Option<Duration>,
     },
     /// Bigger than allowed.
-    #[error("{what} is larger than {limit} bytes, the limit")]
+    #[error(
+        "{what} is larger than {limit} bytes, which is the limit; make the image smaller, or look what answers there"
+    )]
     TooLarge {
         /// What.
         what: String,
         /// The limit.
         limit: u64,
     },
+    /// More bytes than the manifest says.
+    #[error(
+        "{what} from registry {registry} is longer than the {expected} bytes that its manifest says; push it again, or mend the registry's storage"
+    )]
+    TooLong {
+        /// Its address.
+        registry: String,
+        /// Which blob.
+        what: String,
+        /// The manifest's length.
+        expected: u64,
+    },
     /// A document that makes no sense.
-    #[error("{what} cannot be understood: {reason}")]
+    #[error("{what} cannot be understood: {reason}; make the image again, or mend what serves it")]
     Malformed {
         /// Which document.
         what: String,
@@ -124,7 +155,9 @@ pub enum RegistryError {
         reason: String,
     },
     /// Other bytes than asked for.
-    #[error("{what} from registry {registry} is altered: expected {expected}, got {found}")]
+    #[error(
+        "{what} from registry {registry} is altered: expected {expected}, got {found}; push it again, or mend the registry's storage"
+    )]
     Altered {
         /// Its address.
         registry: String,
@@ -136,7 +169,7 @@ pub enum RegistryError {
         found: Digest,
     },
     /// The image is not made for this kind of machine.
-    #[error("{image} has no variant for linux/amd64, only for {available}")]
+    #[error("{image} has no variant for linux/amd64, only for {available}; build one, or choose another tag")]
     NoPlatform {
         /// Which image.
         image: String,
@@ -144,11 +177,22 @@ pub enum RegistryError {
         available: String,
     },
     /// Something that images may have and this client does not know.
-    #[error("{what} is not supported")]
+    #[error("{what} is not supported{}", hint.map(|hint| format!("; {hint}")).unwrap_or_default())]
     Unsupported {
         /// What.
         what: String,
+        /// What to do about it, where something can be done.
+        hint: Option<&'static str>,
     },
+}
+
+/// What to do about an answer.
+fn status_hint(status: u16) -> &'static str {
+    match status {
+        429 => "; it limits how often it may be asked: log in, use a mirror, or try again later",
+        500..=599 => "; that is its own fault: try again later, or look into its log",
+        _ => "",
+    }
 }
 
 impl RegistryError {

@@ -72,7 +72,7 @@ pub(crate) fn failure(registry: &str, error: &reqwest::Error) -> RegistryError {
         cause = inner.source();
     }
     if error.is_redirect() {
-        return RegistryError::Certificate {
+        return RegistryError::Redirect {
             registry,
             reason: chain(error),
         };

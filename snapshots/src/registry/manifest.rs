@@ -72,6 +72,7 @@ pub(crate) fn parse_document(bytes: &[u8], what: &str, limits: &Limits) -> Resul
     if head.schema_version != 2 {
         return Err(RegistryError::Unsupported {
             what: format!("{what} with schema version {}", head.schema_version),
+            hint: Some("such a manifest is from before 2017: push the image again"),
         });
     }
     match head.media_type.as_deref() {
@@ -83,6 +84,7 @@ pub(crate) fn parse_document(bytes: &[u8], what: &str, limits: &Limits) -> Resul
         }
         Some(other) => Err(RegistryError::Unsupported {
             what: format!("{what} of type {:?}", other.chars().take(100).collect::<String>()),
+            hint: Some("it is no image that can be run"),
         }),
         None if head.manifests.is_some() => index(bytes, what),
         None => manifest(bytes, what, limits),
@@ -112,10 +114,11 @@ fn manifest(bytes: &[u8], what: &str, limits: &Limits) -> Result<Document, Regis
     let config = blob(manifest.config(), what)?;
     let layers = manifest.layers().iter().map(|layer| {
         let media_type = layer.media_type().to_string();
-        if !media_type.contains("tar") || media_type.contains("encrypted") || media_type.contains("foreign") {
+        if !is_layer(&media_type) {
             let media_type: String = media_type.chars().take(100).collect();
             return Err(RegistryError::Unsupported {
                 what: format!("a layer of type {media_type:?} in {what}"),
+                hint: Some("build the image with layers that are tars, as they are or by gzip or zstd"),
             });
         }
         blob(layer, what)
@@ -123,6 +126,13 @@ fn manifest(bytes: &[u8], what: &str, limits: &Limits) -> Result<Document, Regis
     let layers: Vec<_> = layers.collect::<Result<_, _>>()?;
     check_layers(&layers, what, limits)?;
     Ok(Document::Manifest(Manifest { config, layers }))
+}
+
+/// Whether a media type is that of a layer: OCI's and docker's, with the compressions that there are here. A foreign layer
+/// (Windows' base images) is not in the registry, and an encrypted one needs a key.
+fn is_layer(media_type: &str) -> bool {
+    let compressions = [".tar", ".tar+gzip", ".tar.gzip", ".tar+zstd", ".tar.zstd"];
+    compressions.iter().any(|ending| media_type.ends_with(ending)) && !media_type.contains("foreign")
 }
 
 /// Applies the limits before anything is fetched.

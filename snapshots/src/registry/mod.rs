@@ -14,6 +14,7 @@
 
 mod auth;
 mod blob;
+mod challenge;
 mod config;
 mod credentials;
 mod digest;
@@ -26,8 +27,12 @@ mod reference;
 mod source;
 
 pub use blob::BlobStream;
+#[cfg(feature = "fuzzing")]
+pub(crate) use challenge::Challenge;
 pub use config::{HostConfig, Limits, RegistryConfig, Retries, Timeouts};
 pub use credentials::Credentials;
+#[cfg(feature = "fuzzing")]
+pub(crate) use credentials::login as docker_login;
 pub use digest::{Digest, Hasher, ParseDigestError};
 pub use error::RegistryError;
 pub use manifest::{Blob, Document, Manifest, Resolved};

@@ -4,6 +4,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use super::auth::Authorizer;
+use super::credentials::Login;
 use super::endpoint::Endpoint;
 use super::source::Source;
 use super::{
@@ -34,7 +35,7 @@ impl Registry {
         &self.config
     }
 
-    /// Prepares a pull of `reference`; asks nobody yet.
+    /// Prepares a pull of `reference`; asks nobody yet. Reads docker's configuration, so it may block.
     ///
     /// # Errors
     /// When an address or docker's configuration cannot be used.
@@ -44,28 +45,28 @@ impl Registry {
         let mut sources = Vec::new();
         for mirror in own.map(|own| &own.mirrors[..]).unwrap_or_default() {
             let endpoint = Endpoint::of_mirror(mirror, self.config.hosts.get(mirror))?;
-            let credentials = self.docker_credentials(&endpoint.host)?;
-            sources.push(self.source(endpoint, credentials, reference));
+            let login = self.docker_login(&endpoint.host)?;
+            sources.push(self.source(endpoint, login, reference));
         }
-        let credentials = match given {
-            Some(given) => Some(given),
-            None => self.docker_credentials(host)?,
+        let login = match given {
+            Some(given) => given.into(),
+            None => self.docker_login(host)?,
         };
-        sources.push(self.source(Endpoint::of_registry(host, own)?, credentials, reference));
+        sources.push(self.source(Endpoint::of_registry(host, own)?, login, reference));
         Ok(Pull {
             reference: reference.clone(),
             sources,
         })
     }
 
-    fn docker_credentials(&self, host: &str) -> Result<Option<Credentials>, RegistryError> {
+    fn docker_login(&self, host: &str) -> Result<Login, RegistryError> {
         credentials::from_docker(self.config.docker_config.as_deref().map(Path::new), host)
     }
 
-    fn source(&self, endpoint: Endpoint, credentials: Option<Credentials>, reference: &ImageReference) -> Arc<Source> {
+    fn source(&self, endpoint: Endpoint, login: Login, reference: &ImageReference) -> Arc<Source> {
         Arc::new(Source {
             endpoint,
-            authorizer: Authorizer::new(credentials),
+            authorizer: Authorizer::new(login),
             repository: reference.repository().to_owned(),
             client: self.client.clone(),
             config: Arc::clone(&self.config),
@@ -137,6 +138,7 @@ impl Pull {
             Document::Manifest(manifest) => Ok((digest, manifest)),
             Document::Index(_) => Err(RegistryError::Unsupported {
                 what: format!("{what} being an index again"),
+                hint: None,
             }),
         }
     }

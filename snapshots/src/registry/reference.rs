@@ -71,6 +71,10 @@ impl FromStr for ImageReference {
             return Err(wrong("too long".to_owned()));
         }
         let inner: oci_spec::distribution::Reference = text.parse().map_err(|error| wrong(format!("{error}")))?;
+        // The parser takes "Team/app" for a host and then puts it below docker.io, where no name has capitals.
+        if inner.repository().bytes().any(|byte| byte.is_ascii_uppercase()) {
+            return Err(wrong("a repository's name has no capital letters".to_owned()));
+        }
         let digest = inner
             .digest()
             .map(str::parse::<Digest>)
@@ -110,6 +114,7 @@ mod tests {
         for text in [
             "",
             "UPPER/Case",
+            "Team/app:1",
             "a b",
             "a:b:c",
             "name@sha256:12",

@@ -205,7 +205,8 @@ struct ErrorEntry {
     message: String,
 }
 
-/// What an unsuccessful answer says. Its text is the registry's: shortened and printed on one line.
+/// What an unsuccessful answer says. Its text is the registry's: shortened and printed on one line. Of `Retry-After` the form
+/// that registries use is understood, a number of seconds; a date (RFC 9110, 10.2.3) counts as nothing said.
 pub(crate) async fn status_error(
     response: Response,
     registry: &str,

@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, HashSet};
 use std::fs;
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError};
 
 use super::pack::{Pack, RECORD_HEADER_LEN};
@@ -38,14 +39,14 @@ impl ChunkStore {
     ///
     /// `live` is asked when nobody can put or pin any more until the sweep is done; putting waits that long. Whoever
     /// keeps places of chunks has to look them up again if some have moved; the packs that end are deleted only after
-    /// `moved` has returned.
+    /// `moved` has returned. If it fails they stay, and the next sweep begins with it.
     ///
     /// # Errors
     /// When files cannot be read or written; nothing that lives is lost.
     pub fn collect<E: From<StoreError>>(
         &self,
         live: impl FnOnce() -> Result<HashSet<ChunkId>, E>,
-        moved: impl FnOnce() -> Result<(), E>,
+        moved: impl Fn() -> Result<(), E>,
     ) -> Result<Collected, E> {
         let _shut = self.inner.gate.write().unwrap_or_else(PoisonError::into_inner);
         // So that every chunk is in the index: the sweep need not know of fresh ones.
@@ -62,16 +63,23 @@ impl ChunkStore {
                 pins.copy_into(&mut live);
             }
         }
+        // Packs that ended in a sweep before are still read by who did not look again.
+        let look_again = || -> Result<(), E> {
+            if self.inner.moved.load(Ordering::Relaxed) {
+                moved()?;
+                self.inner.moved.store(false, Ordering::Relaxed);
+            }
+            Ok(())
+        };
+        look_again()?;
         let before = self.packed_bytes();
         let plan = self.plan(&live)?;
         self.inner.index.sweep(&plan.dead, &plan.empty, &[], &[])?;
         self.delete(&plan.empty)?;
         let moved = match self.compact(&plan) {
             Ok(places) => {
-                if !plan.sparse.is_empty() {
-                    moved()?;
-                    self.delete(&plan.sparse)?;
-                }
+                look_again()?;
+                self.delete(&plan.sparse)?;
                 places
             }
             // What was copied so far is dead weight until the next sweep; nothing was lost, and something was won already.
@@ -151,6 +159,7 @@ impl ChunkStore {
         drop(writer);
         sync_dir(&self.inner.packs_dir)?;
         self.inner.index.sweep(&[], &plan.sparse, &places, &lengths)?;
+        self.inner.moved.store(true, Ordering::Relaxed);
         Ok(places.len() as u64)
     }
 

@@ -18,14 +18,18 @@ pub enum StoreError {
         owner: String,
     },
     /// The disk is full, or so nearly that the rest is kept for the index.
-    #[error("no room in the image store {}: {free} bytes free, {needed} wanted; remove images or enlarge the disk", dir.display())]
+    #[error(
+        "no room in the image store {}: {free} bytes free{}; remove images that are not needed (flint images rm) or enlarge the disk",
+        dir.display(),
+        needed.map(|needed| format!(", {needed} needed with the reserve")).unwrap_or_default()
+    )]
     DiskFull {
-        /// The store's folder.
+        /// The store's folder, or the one of its folders that could not be written to.
         dir: PathBuf,
         /// What the file system has left.
         free: u64,
-        /// What was to be written, with what must stay free.
-        needed: u64,
+        /// What was to be written, with what must stay free; absent where the kernel said that the disk is full.
+        needed: Option<u64>,
     },
     /// A file of the store could not be read or written.
     #[error("{action} {}", path.display())]
@@ -68,22 +72,31 @@ pub enum StoreError {
     Length(usize),
 }
 
+/// Whether the file system, or what the user may have of it, is full.
+pub(super) fn is_full(kind: io::ErrorKind) -> bool {
+    matches!(kind, io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
+}
+
 impl StoreError {
     /// Names the action and file of an I/O error; a full disk becomes [`StoreError::DiskFull`].
     pub(crate) fn io(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
         let path = path.to_path_buf();
         move |source| match source.kind() {
-            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => Self::full(&path, 0),
+            kind if is_full(kind) => Self::full(&path),
             _ => Self::Io { action, path, source },
         }
     }
 
-    /// The disk below `dir` has no room for `needed` bytes.
-    pub(crate) fn full(dir: &Path, needed: u64) -> Self {
+    /// The disk had no room when `path`, a file of the store or a folder of it, was written to.
+    pub(crate) fn full(path: &Path) -> Self {
+        let dir = match path.parent() {
+            Some(parent) if !path.is_dir() => parent,
+            _ => path,
+        };
         Self::DiskFull {
             dir: dir.to_path_buf(),
             free: super::space::free(dir).unwrap_or(0),
-            needed,
+            needed: None,
         }
     }
 
@@ -92,7 +105,7 @@ impl StoreError {
         match self {
             Self::DiskFull { .. } => true,
             Self::Index { source, .. } => {
-                matches!(&**source, redb::Error::Io(error) if error.kind() == io::ErrorKind::StorageFull)
+                matches!(&**source, redb::Error::Io(error) if is_full(error.kind()))
             }
             _ => false,
         }

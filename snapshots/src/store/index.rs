@@ -10,6 +10,7 @@ use std::sync::{PoisonError, RwLock};
 use redb::{Database, ReadTransaction, ReadableDatabase, ReadableTable, TableDefinition, WriteTransaction};
 
 use super::StoreError;
+use super::error::is_full;
 use crate::chunk::ChunkId;
 use crate::device::{PackId, PackLocation};
 
@@ -92,7 +93,7 @@ impl Index {
             self.reopen();
         }
         result.map_err(|error| match error {
-            redb::Error::Io(error) if error.kind() == io::ErrorKind::StorageFull => StoreError::full(&self.path, 0),
+            redb::Error::Io(error) if is_full(error.kind()) => StoreError::full(&self.path),
             error => StoreError::Index {
                 action,
                 source: Box::new(error),

@@ -46,6 +46,7 @@ pub(crate) mod space;
 use std::collections::{BTreeMap, HashMap};
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, Weak};
 
 pub use collect::Collected;
@@ -102,6 +103,8 @@ struct Inner {
     /// thus sees every pin of a chunk that somebody relies on.
     gate: RwLock<()>,
     sessions: Mutex<Vec<Weak<Pins>>>,
+    /// A sweep moved chunks, and those who keep places of chunks have not looked them up again.
+    moved: AtomicBool,
     _lock: DirLock,
 }
 
@@ -160,6 +163,7 @@ impl ChunkStore {
             committing: Mutex::new(()),
             gate: RwLock::new(()),
             sessions: Mutex::new(Vec::new()),
+            moved: AtomicBool::new(false),
             _lock: lock,
         };
         Ok(Self { inner: Arc::new(inner) })
@@ -317,7 +321,7 @@ impl Inner {
             return Err(StoreError::DiskFull {
                 dir: self.dir.clone(),
                 free,
-                needed: size + reserve,
+                needed: Some(size + reserve),
             });
         }
         writer.allowance = room.min(SPACE_CHECK_BYTES.max(size));

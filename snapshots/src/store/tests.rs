@@ -191,6 +191,38 @@ fn a_sweep_takes_what_is_dead_and_leaves_what_lives() {
 }
 
 #[test]
+fn packs_stay_until_who_keeps_places_has_looked_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = open(dir.path());
+    let ids: Vec<_> = (0..60).map(|seed| put(&store, &noise(5000, seed))).collect();
+    store.commit().unwrap();
+    let live: HashSet<_> = ids.iter().copied().step_by(10).collect();
+    let mut before = files(&dir.path().join("packs")).unwrap();
+    // In the last pack nothing lives, so nobody reads it.
+    before.pop();
+    let sweep = |looked: &dyn Fn() -> Result<(), StoreError>| store.collect(|| Ok(live.clone()), looked);
+    // As when there is no room to write down where chunks lie now.
+    let fails = || Err(StoreError::Sink("no room".to_owned()));
+    sweep(&fails).unwrap_err();
+    sweep(&fails).unwrap_err();
+    let held = files(&dir.path().join("packs")).unwrap();
+    assert!(
+        before.iter().all(|pack| held.contains(pack)),
+        "{before:?} became {held:?}: a pack is gone that is still read"
+    );
+    let looks = std::cell::Cell::new(0);
+    let look = || {
+        looks.set(looks.get() + 1);
+        Ok(())
+    };
+    sweep(&look).unwrap();
+    assert_eq!(looks.get(), 1);
+    assert!(packed(dir.path()) < 6 * 5100);
+    sweep(&look).unwrap();
+    assert_eq!(looks.get(), 1, "nothing had moved");
+}
+
+#[test]
 fn a_sweep_leaves_what_a_session_holds() {
     let dir = tempfile::tempdir().unwrap();
     let store = open(dir.path());

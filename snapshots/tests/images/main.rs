@@ -8,10 +8,15 @@ mod auth;
 mod build;
 mod crash;
 mod faults;
+mod hostile;
+mod kinds;
+mod layers;
 mod local;
 mod proxy;
 mod pull;
 mod registry;
+mod route;
+mod token;
 
 use std::path::Path;
 use std::time::Duration;

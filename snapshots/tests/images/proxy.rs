@@ -17,6 +17,8 @@ pub enum Fault {
     Stall(usize),
     /// One byte of the answer's body is altered.
     Flip(usize),
+    /// The answer says that it is this long.
+    Length(usize),
     /// The proxy answers by itself.
     Answer(String),
 }
@@ -31,7 +33,7 @@ pub fn answer(status: &str, headers: &str, body: &str) -> Fault {
 
 pub struct Proxy {
     pub address: String,
-    requests: Arc<Mutex<Vec<String>>>,
+    heads: Arc<Mutex<Vec<String>>>,
     /// Tells each stall, when it has begun.
     pub stalled: mpsc::Receiver<()>,
     ending: Arc<AtomicBool>,
@@ -42,11 +44,11 @@ impl Proxy {
     pub fn start(upstream: &str, decide: impl Fn(&str, usize) -> Fault + Send + Sync + 'static) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let address = listener.local_addr().unwrap().to_string();
-        let requests = Arc::new(Mutex::new(Vec::new()));
+        let heads = Arc::new(Mutex::new(Vec::new()));
         let (stalls, stalled) = mpsc::channel();
         let ending = Arc::new(AtomicBool::new(false));
         let (seen, upstream, decide, end) = (
-            Arc::clone(&requests),
+            Arc::clone(&heads),
             upstream.to_owned(),
             Arc::new(decide),
             Arc::clone(&ending),
@@ -64,7 +66,7 @@ impl Proxy {
         });
         Self {
             address,
-            requests,
+            heads,
             stalled,
             ending,
         }
@@ -74,14 +76,21 @@ impl Proxy {
         format!("{}/{name}", self.address)
     }
 
+    /// The requests so far, without bodies.
+    pub fn heads(&self) -> Vec<String> {
+        self.heads.lock().unwrap().clone()
+    }
+
     /// How many requests had `part` in their path.
     pub fn count(&self, part: &str) -> usize {
-        self.requests
-            .lock()
-            .unwrap()
+        self.heads().iter().filter(|head| path_of(head).contains(part)).count()
+    }
+
+    /// Whether any request showed credentials.
+    pub fn saw_credentials(&self) -> bool {
+        self.heads()
             .iter()
-            .filter(|path| path.contains(part))
-            .count()
+            .any(|head| head.to_lowercase().contains("authorization:"))
     }
 }
 
@@ -100,11 +109,10 @@ fn serve(
     stalls: &mpsc::Sender<()>,
 ) -> Option<()> {
     let head = read_head(&mut client)?;
-    let path = head.split(' ').nth(1)?.to_owned();
     let number = {
         let mut seen = seen.lock().unwrap();
-        seen.push(path.clone());
-        seen.iter().filter(|other| **other == path).count()
+        seen.push(head.clone());
+        seen.iter().filter(|other| path_of(other) == path_of(&head)).count()
     };
     let fault = decide(&head, number);
     if let Fault::Answer(text) = &fault {
@@ -122,6 +130,16 @@ fn serve(
         Fault::Flip(at) => {
             answer[body + at] ^= 1;
             client.write_all(&answer).ok()
+        }
+        Fault::Length(len) => {
+            let head = String::from_utf8(answer[..body].to_vec()).ok()?;
+            let line = head
+                .lines()
+                .find(|line| line.to_lowercase().starts_with("content-length:"))?;
+            client
+                .write_all(head.replace(line, &format!("Content-Length: {len}")).as_bytes())
+                .ok()?;
+            client.write_all(&answer[body..]).ok()
         }
         Fault::Truncate(at) => {
             client.write_all(&answer[..at.min(answer.len())]).ok()?;
@@ -141,7 +159,12 @@ fn serve(
     }
 }
 
-fn read_head(client: &mut TcpStream) -> Option<String> {
+/// What a request asks for.
+fn path_of(head: &str) -> &str {
+    head.split(' ').nth(1).unwrap_or_default()
+}
+
+pub fn read_head(client: &mut TcpStream) -> Option<String> {
     let mut head = Vec::new();
     let mut byte = [0];
     while !head.ends_with(b"\r\n\r\n") {

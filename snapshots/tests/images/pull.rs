@@ -196,6 +196,15 @@ async fn a_store_opened_again_has_its_images() {
     let store = open(&dir.path().join("store")).await;
     assert_eq!(store.list().await.unwrap(), std::slice::from_ref(&pulled));
     assert_serves(&store, &pulled, b"kept").await;
+
+    // A sandbox that was found running has its files; the store learns again that they are in use.
+    let first = store.hold(pulled.digest).await.unwrap();
+    let second = store.hold(pulled.digest).await.unwrap();
+    drop(first);
+    assert_eq!(store.remove(&reference).await.unwrap_err().kind(), ErrorKind::InUse);
+    drop(second);
+    store.remove(&reference).await.unwrap();
+    assert_eq!(store.hold(pulled.digest).await.unwrap_err().kind(), ErrorKind::NotFound);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -232,7 +241,17 @@ async fn a_mirror_is_asked_first_and_the_registry_when_it_fails() {
             registry.kill();
         }
         let store = ImageStore::open(&path, options).await.unwrap();
-        let pulled = pull(&store, &reference).await.unwrap();
+        let mut work = store.pull(request(&*reference)).unwrap();
+        let mut last = None;
+        while let Some(progress) = work.progress().await {
+            last = Some(progress);
+        }
+        let last = last.unwrap();
+        assert_eq!(
+            last.bytes_done, last.bytes_total,
+            "{name}: what a bad source sent was counted"
+        );
+        let pulled = work.finish().await.unwrap();
         assert_eq!(
             (pulled.digest, pulled.references),
             (image.digest, vec![reference.clone()]),

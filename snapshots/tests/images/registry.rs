@@ -18,15 +18,12 @@ pub struct Registry {
 impl Registry {
     /// An open registry.
     pub fn start() -> Self {
-        Self::start_with("", "")
+        Self::start_in(tempfile::tempdir().unwrap(), "", "")
     }
 
     /// One that wants basic authorization: user "user", password "secret".
     pub fn with_password() -> Self {
-        // bcrypt of "secret", cost 5.
         let dir = tempfile::tempdir().unwrap();
-        let line = Command::new("openssl").args(["version"]).output().unwrap();
-        assert!(line.status.success());
         let htpasswd = dir.path().join("htpasswd");
         let hash = Command::new("python3")
             .args(["-W", "ignore", "-c", "import crypt; print(crypt.crypt('secret', crypt.mksalt(crypt.METHOD_BLOWFISH, rounds=16)).replace('$2b$', '$2y$', 1))"])
@@ -48,8 +45,13 @@ impl Registry {
         Self::start_in(dir, "", &tls)
     }
 
-    fn start_with(auth: &str, http: &str) -> Self {
-        Self::start_in(tempfile::tempdir().unwrap(), auth, http)
+    /// One that takes tokens of the service "test" whose issuer's certificate is `cert.pem` in `dir`, fetched from `realm`.
+    pub fn with_tokens(dir: tempfile::TempDir, realm: &str) -> Self {
+        let auth = format!(
+            "auth: {{token: {{realm: '{realm}', service: test, issuer: issuer, rootcertbundle: {}/cert.pem}}}}",
+            dir.path().display()
+        );
+        Self::start_in(dir, &auth, "")
     }
 
     fn start_in(dir: tempfile::TempDir, auth: &str, http: &str) -> Self {
@@ -111,6 +113,29 @@ impl Registry {
         reference
     }
 
+    /// Puts a manifest or an index under `name`, as it is.
+    pub fn put_manifest(&self, name: &str, media_type: &str, document: &serde_json::Value) -> String {
+        let (repository, tag) = name.split_once(':').unwrap();
+        let url = format!("http://{}/v2/{repository}/manifests/{tag}", self.address);
+        let output = Command::new("curl")
+            .args([
+                "--silent",
+                "--show-error",
+                "--fail-with-body",
+                "--noproxy",
+                "*",
+                "-X",
+                "PUT",
+                "-H",
+            ])
+            .arg(format!("Content-Type: {media_type}"))
+            .args(["--data-binary", &document.to_string(), &url])
+            .output()
+            .expect("curl is installed");
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stdout));
+        self.reference(name)
+    }
+
     /// The file in which the registry keeps a blob.
     pub fn blob_file(&self, digest: Digest) -> PathBuf {
         let hex = digest.hex();
@@ -146,25 +171,27 @@ pub fn skopeo(arguments: &[&str]) {
     );
 }
 
+pub fn openssl(dir: &Path, arguments: &str) {
+    let output = Command::new("openssl")
+        .args(arguments.split(' '))
+        .current_dir(dir)
+        .output()
+        .unwrap();
+    assert!(
+        output.status.success(),
+        "openssl {arguments}: {}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+}
+
 fn make_certificates(dir: &Path) {
-    let openssl = |arguments: &str| {
-        let output = Command::new("openssl")
-            .args(arguments.split(' '))
-            .current_dir(dir)
-            .output()
-            .unwrap();
-        assert!(
-            output.status.success(),
-            "openssl {arguments}: {}",
-            String::from_utf8_lossy(&output.stderr)
-        );
-    };
+    let openssl = |arguments: &str| openssl(dir, arguments);
     openssl(
         "req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 -subj /CN=test-ca -keyout ca.key -out ca.pem",
     );
     openssl(
         "req -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -subj /CN=registry -keyout key.pem -out request.pem",
     );
-    fs::write(dir.join("ext"), "subjectAltName=IP:127.0.0.1").unwrap();
+    fs::write(dir.join("ext"), "subjectAltName=IP:127.0.0.1,DNS:registry.test").unwrap();
     openssl("x509 -req -in request.pem -CA ca.pem -CAkey ca.key -CAcreateserial -days 2 -extfile ext -out cert.pem");
 }

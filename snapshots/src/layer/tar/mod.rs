@@ -75,6 +75,7 @@ impl<'l, R: Read> TarReader<'l, R> {
     /// The next member; what was not read of the one before is skipped. `None` at the end of the archive.
     pub(super) fn next_member(&mut self) -> Result<Option<Member>, LayerError> {
         let mut extensions = Extensions::default();
+        let mut extended = 0;
         loop {
             self.skip_rest()?;
             let Some(header) = self.next_header()? else {
@@ -84,10 +85,10 @@ impl<'l, R: Read> TarReader<'l, R> {
             self.padding = padding_of(header.size);
             match header.kind {
                 b'x' => extensions
-                    .read_pax(&self.read_extension()?)
+                    .read_pax(&self.read_extension(&mut extended)?)
                     .map_err(|what| self.malformed(what))?,
-                b'L' => extensions.path = Some(c_string(&self.read_extension()?)),
-                b'K' => extensions.link = Some(c_string(&self.read_extension()?)),
+                b'L' => extensions.path = Some(c_string(&self.read_extension(&mut extended)?)),
+                b'K' => extensions.link = Some(c_string(&self.read_extension(&mut extended)?)),
                 // A global header (git writes one with the commit's id): engines ignore it.
                 b'g' => {}
                 _ => return self.member(&header, extensions).map(Some),
@@ -258,11 +259,13 @@ impl<'l, R: Read> TarReader<'l, R> {
         }
     }
 
-    /// The data of a member that describes the next one.
-    fn read_extension(&mut self) -> Result<Vec<u8>, LayerError> {
+    /// The data of a member that describes the next one, of whose description `extended` bytes have come: there may be
+    /// several such members, and they add up.
+    fn read_extension(&mut self, extended: &mut usize) -> Result<Vec<u8>, LayerError> {
         let limit = self.limits.max_extension_len;
         match usize::try_from(self.data) {
-            Ok(len) if len <= limit => {
+            Ok(len) if len <= limit - *extended => {
+                *extended += len;
                 let mut data = vec![0; len];
                 self.read_data(&mut data)?;
                 Ok(data)
