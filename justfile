@@ -20,6 +20,10 @@ test *args:
 lint:
     hack/lint
 
+# feed parsers and devices with what nobody meant to write
+fuzz *args:
+    hack/fuzz {{args}}
+
 # a pod in a microVM, end to end
 demo:
     hack/demo
