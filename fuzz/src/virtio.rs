@@ -10,6 +10,7 @@ use flint_vmm::memory::GuestMemory;
 use flint_vmm::virtio::Device;
 use flint_vmm::virtio::device::Activation;
 use libfuzzer_sys::arbitrary::{self, Arbitrary};
+use prost::Message;
 use virtio_queue::QueueState;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
@@ -53,6 +54,10 @@ pub enum Step {
     Notify(u8),
     /// Resets the device and comes again.
     Reset,
+    /// Saves the device and goes on with what was saved.
+    Restore,
+    /// Goes on with a saved state that may be anything.
+    RestoreBytes(Vec<u8>),
 }
 
 /// What one run does.
@@ -100,6 +105,23 @@ pub fn run<D: Device>(device: &mut D, script: &Script, mut each: impl FnMut(&mut
                 driver.next = [0; 4];
                 driver.available = [0; 4];
                 driver.activate(device, script.features);
+            }
+            Step::Restore => {
+                if device.quiesce().is_ok() {
+                    let state = device.save();
+                    if device.restore(state.clone(), driver.memory.clone()).is_ok() {
+                        assert!(device.save() == state, "a restored device saves another state");
+                        let _ = device.resume();
+                    }
+                }
+            }
+            Step::RestoreBytes(bytes) => {
+                let _ = device.quiesce();
+                if let Ok(state) = D::State::decode(&bytes[..])
+                    && device.restore(state, driver.memory.clone()).is_ok()
+                {
+                    let _ = device.resume();
+                }
             }
             // An error stops the device until its driver resets it; so does the worker that calls it.
             Step::Notify(queue) => {
@@ -176,7 +198,7 @@ impl Driver {
                 self.available[number] = *index;
                 self.put(base + 0x1002, &index.to_le_bytes());
             }
-            Step::Notify(_) | Step::Reset => {}
+            Step::Notify(_) | Step::Reset | Step::Restore | Step::RestoreBytes(_) => {}
         }
     }
 
