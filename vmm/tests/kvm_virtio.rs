@@ -23,15 +23,17 @@ use nix::sys::time::TimeVal;
 #[test]
 fn every_device_shows_itself_and_is_reset_by_its_registers() {
     /// Queues and features below bit 32 that each must have, by device id (virtio 1.3, section 5).
-    const EXPECTED: [(u32, u32, u32); 4] = [
+    const EXPECTED: [(u32, u32, u32); 6] = [
         (2, 128, 1 << 9),                     // block: FLUSH
         (1, 256, 1 << 5 | 1 << 15 | 1 << 16), // net: MAC, MRG_RXBUF, STATUS
         (19, 128, 0),                         // vsock
         (4, 16, 0),                           // entropy
+        (24, 128, 1 << 1),                    // memory: UNPLUGGED_INACCESSIBLE
+        (5, 128, 1 << 2 | 1 << 5),            // balloon: DEFLATE_ON_OOM, REPORTING
     ];
     const INDIRECT_AND_EVENT_IDX: u32 = 1 << 28 | 1 << 29;
     let mut code = vec![];
-    for device in 0..4 {
+    for device in 0..6 {
         let base = WINDOW + device * WINDOW_BYTES;
         let print = |register| print_word(base + register);
         let store = |register, value| guest::store(base + register, value);
@@ -60,6 +62,8 @@ fn every_device_shows_itself_and_is_reset_by_its_registers() {
         nets: vec![net_slot()],
         vsock: Some(VsockSlot { guest_cid: 3 }),
         rng: true,
+        hotplug_bytes: 1 << 30,
+        balloon: true,
         ..machine(1, 16 << 20)
     });
     vmm.load(&guest::elf(&code));
@@ -125,6 +129,102 @@ fn a_block_is_read_through_the_ring_and_announced_by_an_interrupt() {
     assert_eq!((used >> 16, head, len), (1, 0, 513));
     assert_eq!((status, data.to_le_bytes()), (0xffff_ff00, *b"last"));
     assert_eq!(vmm.end().reason(), ExitReason::Poweroff);
+}
+
+// ---- memory and balloon
+
+const HOTPLUG_START: u64 = 1 << 38;
+const MEM_BLOCK: u64 = 2 << 20;
+
+fn memory_of(vmm: &mut Vmm) -> MemoryState {
+    let state = vmm.call(Command::GetState(GetState {}), &[]).unwrap().unwrap();
+    state.memory.expect("there is a machine")
+}
+
+/// Two requests: one block, which is within what was asked for, then two, which are not.
+#[test]
+fn a_guest_plugs_memory_up_to_what_was_asked_for() {
+    let code = [drive(1), interrupts_and_notify(1)].concat();
+    let handler = [
+        acknowledge_until_used(2),
+        print_word(IN),
+        print_word(IN + 0x100),
+        guest::halt(),
+    ];
+    let mut image = Image::new(&code, &handler.concat());
+    for (request, first, blocks) in [(OUT, 0, 1u16), (OUT + 0x100, 1, 2)] {
+        image.put(request + 8, &(HOTPLUG_START + first * MEM_BLOCK).to_le_bytes());
+        image.put(request + 16, &blocks.to_le_bytes());
+    }
+    image.put(IN, &[0xff; 4]);
+    let descriptors = [
+        (OUT, 24, NEXT),
+        (IN, 10, WRITE),
+        (OUT + 0x100, 24, NEXT),
+        (IN + 0x100, 10, WRITE),
+    ];
+    image.ring(0, &descriptors, &[0, 2]);
+
+    let (mut vmm, mut serial) = Vmm::with_machine(CreateMachine {
+        hotplug_bytes: 128 << 20,
+        ..machine(1, 16 << 20)
+    });
+    for plugged_bytes in [MEM_BLOCK + 4096, (128 << 20) + MEM_BLOCK] {
+        let (code, message) = vmm.refused(Command::SetMemory(SetMemory { plugged_bytes }), &[]);
+        assert_eq!(code, error::Code::Invalid, "{message}");
+    }
+    let two = SetMemory {
+        plugged_bytes: 2 * MEM_BLOCK,
+    };
+    vmm.ok(Command::SetMemory(two), &[]);
+    vmm.load(&guest::elf(&image.0));
+    vmm.ok(Command::Start(Start {}), &[]);
+    // ACK, NACK (virtio 1.3, 5.15.6).
+    assert_eq!(words(&mut serial), [0, 1]);
+    let memory = memory_of(&mut vmm);
+    assert_eq!(
+        (memory.requested_bytes, memory.plugged_bytes),
+        (2 * MEM_BLOCK, MEM_BLOCK)
+    );
+}
+
+/// The guest reports a page as free in which there is something, and finds nothing in it afterwards.
+#[test]
+fn what_a_guest_reports_as_free_is_taken_and_its_target_is_shown() {
+    // The first queue of `drive` inflates: page numbers in OUT.
+    let code = [drive(1), interrupts_and_notify(1)].concat();
+    let handler = [
+        acknowledge_until_used(1),
+        print_word(IN),
+        print_word(WINDOW + CONFIG),
+        guest::store(WINDOW + CONFIG + 4, 1),
+        // Not the driver's to write.
+        guest::store(WINDOW + CONFIG, 77),
+        print_word(WINDOW + CONFIG),
+        guest::halt(),
+    ];
+    let mut image = Image::new(&code, &handler.concat());
+    image.put(OUT, &(IN >> 12).to_le_bytes());
+    image.put(OUT + 4, &u32::MAX.to_le_bytes());
+    image.put(IN, b"gone");
+    image.ring(0, &[(OUT, 8, 0)], &[0]);
+    let (mut vmm, mut serial) = Vmm::with_machine(CreateMachine {
+        balloon: true,
+        ..machine(1, 16 << 20)
+    });
+    let target = |target_bytes| Command::SetBalloon(SetBalloon { target_bytes });
+    assert_eq!(vmm.refused(target(100), &[]).0, error::Code::Invalid);
+    vmm.ok(target(3 << 12), &[]);
+    vmm.load(&guest::elf(&image.0));
+    vmm.ok(Command::Start(Start {}), &[]);
+    assert_eq!(words(&mut serial), [0, 3, 3]);
+    let memory = memory_of(&mut vmm);
+    assert_eq!((memory.balloon_target_bytes, memory.balloon_bytes), (3 << 12, 1 << 12));
+    let state = vmm.call(Command::GetState(GetState {}), &[]).unwrap().unwrap();
+    assert_eq!(
+        (state.counters["balloon.bad_page"], state.counters["balloon.bad_access"]),
+        (1, 1)
+    );
 }
 
 // ---- net

@@ -339,6 +339,7 @@ fn machine(parts: &Parts<'_>) -> vmm::CreateMachine {
             .collect(),
         vsock: Some(vmm::VsockSlot { guest_cid: GUEST_CID }),
         rng: true,
+        ..Default::default()
     }
 }
 

@@ -328,7 +328,7 @@ fn memory_map(memory: &GuestMemory) -> Vec<MapEntry> {
     ];
     for region in memory
         .iter()
-        .filter(|region| region.start_addr().0 >= memory::HIGH_MEMORY_START)
+        .filter(|region| (memory::HIGH_MEMORY_START..memory::HOTPLUG_START).contains(&region.start_addr().0))
     {
         map.push(MapEntry {
             start: region.start_addr().0,

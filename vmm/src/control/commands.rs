@@ -10,7 +10,7 @@ use std::os::unix::net::UnixListener;
 use flint_api::vmm::error::Code;
 use flint_api::vmm::request::Command;
 use flint_api::vmm::state::Phase as WirePhase;
-use flint_api::vmm::{self, BindDisk, BindNet, Claim, ClaimDisk, CreateMachine, LoadKernel, bind_disk};
+use flint_api::vmm::{self, BindDisk, BindNet, Claim, ClaimDisk, CreateMachine, LoadKernel, MemoryState, bind_disk};
 use flint_snapshots::device::ImageDevice;
 use nix::sys::socket::{UnixAddr, getsockname, getsockopt, sockopt};
 
@@ -44,8 +44,8 @@ pub enum Phase {
 pub enum Answer {
     /// Done.
     Ok,
-    /// The phase and the counters.
-    State(WirePhase, Vec<(String, u64)>),
+    /// The phase, the counters, and what the guest has of its memory.
+    State(WirePhase, Vec<(String, u64)>, Option<MemoryState>),
     /// Done; the sandbox is to end.
     Stop,
 }
@@ -83,7 +83,7 @@ impl From<machine::Error> for Failure {
             E::Kvm { .. } | E::Vcpu(_) | E::Place(machine::devices::Error::Kvm { .. }) => Code::Kvm,
             E::NoSlot { .. } | E::Boot(boot::Error::CommandLine(_)) => Code::Invalid,
             E::Device {
-                source: DeviceError::AlreadyBound,
+                source: DeviceError::AlreadyBound | DeviceError::Invalid(_),
                 ..
             } => Code::Invalid,
             E::NoKernel => Code::WrongPhase,
@@ -131,6 +131,8 @@ impl Phase {
             Command::BindVsock(_) => self.bind(|machine| fds.only(|fd| bind_vsock(machine, fd))),
             Command::BindSerial(_) => self.bind(|machine| fds.only(|fd| Ok(machine.bind_serial(fd)?))),
             Command::RenewGeneration(_) => self.bind(|machine| Ok(machine.renew_generation()?)),
+            Command::SetMemory(message) => self.bind(|machine| Ok(machine.set_memory(message.plugged_bytes)?)),
+            Command::SetBalloon(message) => self.bind(|machine| set_balloon(machine, message.target_bytes)),
             Command::Start(_) => self.start(),
             Command::Pause(_) => self.pause(),
             Command::Resume(_) => self.resume(),
@@ -301,7 +303,9 @@ impl Phase {
     }
 
     fn state(&self) -> Answer {
-        Answer::State(self.wire(), self.machine().map(Machine::counters).unwrap_or_default())
+        let machine = self.machine();
+        let counters = machine.map(Machine::counters).unwrap_or_default();
+        Answer::State(self.wire(), counters, machine.map(Machine::memory_state))
     }
 
     fn wire(&self) -> WirePhase {
@@ -444,6 +448,17 @@ fn bind_net(machine: &Machine, message: &BindNet, fd: OwnedFd) -> Result<(), Fai
     let net = Tap::from_fd(fd).and_then(|tap| NetResource::new(tap, rx, tx));
     let net = net.map_err(|error| Failure::of(Code::Resource, &error))?;
     Ok(machine.bind_net(message.slot, net)?)
+}
+
+fn set_balloon(machine: &Machine, bytes: u64) -> Result<(), Failure> {
+    /// The balloon's unit (virtio 1.3, 5.5.6).
+    const PAGE: u64 = 4096;
+    match u32::try_from(bytes / PAGE) {
+        Ok(pages) if bytes.is_multiple_of(PAGE) => Ok(machine.set_balloon(pages)?),
+        _ => Err(Failure::invalid(format!(
+            "target_bytes is {bytes}: must be a multiple of 4 KiB below 16 TiB"
+        ))),
+    }
 }
 
 fn bind_vsock(machine: &Machine, fd: OwnedFd) -> Result<(), Failure> {

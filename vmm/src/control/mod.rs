@@ -198,7 +198,10 @@ impl Server {
         let stop = matches!(outcome, Ok(Answer::Stop));
         let result = match outcome {
             Ok(Answer::Ok | Answer::Stop) => response::Result::Ok(WireOk {}),
-            Ok(Answer::State(phase, counters)) => response::Result::State(self.state(phase, counters)),
+            Ok(Answer::State(phase, counters, memory)) => response::Result::State(State {
+                memory,
+                ..self.state(phase, counters)
+            }),
             Err(Failure { code, message }) => response::Result::Error(WireError {
                 code: code.into(),
                 message,
@@ -222,6 +225,7 @@ impl Server {
             phase: phase.into(),
             uptime_us,
             counters: counters.into_iter().collect(),
+            memory: None,
         }
     }
 

@@ -47,7 +47,7 @@ pub enum Kind {
 
 impl Kind {
     /// All kinds.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 11] = [
         Self::Setup,
         Self::Loader,
         Self::Control,
@@ -57,6 +57,8 @@ impl Kind {
         Self::Device(ThreadKind::Net),
         Self::Device(ThreadKind::Vsock),
         Self::Device(ThreadKind::Rng),
+        Self::Device(ThreadKind::Balloon),
+        Self::Device(ThreadKind::Mem),
     ];
 }
 
@@ -307,6 +309,8 @@ fn add(rules: &mut Rules, kind: Kind) -> Result<(), BackendError> {
             allow(rules, EVENTS);
             allow(rules, RNG);
         }
+        // Giving memory back is in COMMON.
+        Kind::Device(ThreadKind::Balloon | ThreadKind::Mem) => allow(rules, EVENTS),
     }
     Ok(())
 }

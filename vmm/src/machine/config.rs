@@ -8,6 +8,11 @@ use thiserror::Error;
 /// Most vCPUs.
 pub const MAX_VCPUS: u32 = 32;
 const MIN_MEMORY: u64 = 16 << 20;
+/// More would come near to where memory is plugged.
+const MAX_MEMORY: u64 = 128 << 30;
+/// Linux' memory block on x86: it takes hot-plugged memory in pieces of this size.
+const HOTPLUG_STEP: u64 = 128 << 20;
+const MAX_HOTPLUG: u64 = 64 << 30;
 const MEMORY_STEP: u64 = 2 << 20;
 const MAX_QUEUES: u32 = 16;
 const MAX_SERIAL: usize = 20;
@@ -22,8 +27,11 @@ pub enum Error {
     #[error("vcpus is {0}: must be 1 to {MAX_VCPUS}")]
     Vcpus(u32),
     /// Memory.
-    #[error("memory_bytes is {0}: must be a multiple of 2 MiB and at least 16 MiB")]
+    #[error("memory_bytes is {0}: must be a multiple of 2 MiB from 16 MiB to 128 GiB")]
     Memory(u64),
+    /// Memory to be plugged.
+    #[error("hotplug_bytes is {0}: must be a multiple of 128 MiB and at most 64 GiB")]
+    Hotplug(u64),
     /// Too many slots.
     #[error("{0} devices asked for: at most {MAX_DEVICES} fit")]
     Devices(usize),
@@ -56,6 +64,10 @@ pub struct Config {
     pub vsock: Option<u64>,
     /// Whether there is an entropy source.
     pub rng: bool,
+    /// Memory that may be plugged, in bytes; 0: none.
+    pub hotplug: u64,
+    /// Whether there is a balloon.
+    pub balloon: bool,
     /// All of it as it was asked for, without what is an identity and may differ between a snapshot and its clones: MAC
     /// addresses and the CID.
     pub shape: CreateMachine,
@@ -84,13 +96,19 @@ impl TryFrom<CreateMachine> for Config {
             nets,
             vsock,
             rng,
+            hotplug_bytes,
+            balloon,
         } = message;
-        let devices = disks.len() + nets.len() + usize::from(vsock.is_some()) + usize::from(rng);
+        let others = [vsock.is_some(), rng, hotplug_bytes > 0, balloon];
+        let devices = disks.len() + nets.len() + others.into_iter().filter(|there| *there).count();
         if devices > MAX_DEVICES {
             return Err(Error::Devices(devices));
         }
-        if memory_bytes < MIN_MEMORY || memory_bytes % MEMORY_STEP != 0 {
+        if !(MIN_MEMORY..=MAX_MEMORY).contains(&memory_bytes) || memory_bytes % MEMORY_STEP != 0 {
             return Err(Error::Memory(memory_bytes));
+        }
+        if hotplug_bytes > MAX_HOTPLUG || hotplug_bytes % HOTPLUG_STEP != 0 {
+            return Err(Error::Hotplug(hotplug_bytes));
         }
         let mut serials = BTreeSet::new();
         let disks = disks.into_iter().enumerate().map(|(index, slot)| {
@@ -125,6 +143,8 @@ impl TryFrom<CreateMachine> for Config {
             vsock: vsock.map(|slot| cid(slot.guest_cid)).transpose()?,
             rng,
             shape,
+            hotplug: hotplug_bytes,
+            balloon,
         })
     }
 }
@@ -177,6 +197,8 @@ mod tests {
             }],
             vsock: Some(VsockSlot { guest_cid: 3 }),
             rng: true,
+            hotplug_bytes: 1 << 30,
+            balloon: true,
         }
     }
 
@@ -197,12 +219,15 @@ mod tests {
     #[test]
     fn every_bad_value_is_named() {
         type Spoil = fn(&mut CreateMachine);
-        let cases: [(Spoil, &str); 12] = [
+        let cases: [(Spoil, &str); 15] = [
             (|m| m.vcpus = 0, "vcpus"),
             (|m| m.vcpus = 33, "vcpus"),
             (|m| m.vcpus = 257, "vcpus"),
             (|m| m.memory_bytes = 14 << 20, "memory_bytes"),
             (|m| m.memory_bytes = (64 << 20) + 4096, "memory_bytes"),
+            (|m| m.memory_bytes = 1 << 40, "memory_bytes"),
+            (|m| m.hotplug_bytes = 2 << 20, "hotplug_bytes"),
+            (|m| m.hotplug_bytes = 65 << 30, "hotplug_bytes"),
             (|m| m.disks[0].serial = "x".repeat(21), "disks[0].serial"),
             (|m| m.disks.push(m.disks[0].clone()), "disks[1].serial"),
             (|m| m.disks[0].queues = 17, "disks[0].queues"),

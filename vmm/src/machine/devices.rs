@@ -18,7 +18,7 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::acpi::VirtioWindow;
 use crate::bus::{self, Bus};
 use crate::memory::{GuestMemory, VIRTIO_BASE, VIRTIO_WINDOW};
-use crate::virtio::core::lock;
+use crate::virtio::core::{Core, lock};
 use crate::virtio::mmio::{DeviceInfo, MmioState};
 use crate::virtio::{Device, DeviceError, DeviceHandle, MmioTransport, ThreadHook};
 
@@ -115,6 +115,19 @@ impl<D: Device> Slot<D> {
     /// It does not fit.
     pub fn bind(&self, resource: D::Resource) -> Result<(), DeviceError> {
         self.handle.bind(resource)
+    }
+
+    /// The device's own state; it must be paused.
+    ///
+    /// # Errors
+    /// It is not.
+    pub fn state(&self) -> Result<D::State, DeviceError> {
+        self.handle.save()
+    }
+
+    /// What the device shows to everybody.
+    pub fn core(&self) -> &Core {
+        self.handle.core()
     }
 }
 

@@ -16,7 +16,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixListener;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use flint_api::vmm::CreateMachine;
+use flint_api::vmm::{CreateMachine, MemoryState};
 use kvm_ioctls::VmFd;
 use thiserror::Error;
 
@@ -35,7 +35,9 @@ use crate::ports::serial::{self, Serial};
 use crate::snapshot::passport::{Host, Mismatch};
 use crate::vcpu;
 use crate::vcpu::thread::{Context, Vcpu};
+use crate::virtio::balloon::{Balloon, Target};
 use crate::virtio::block::{Block, BlockResource};
+use crate::virtio::mem::{Mem, MemSlot, Requested};
 use crate::virtio::net::{Net, NetResource};
 use crate::virtio::rng::Rng;
 use crate::virtio::vsock::{Vsock, VsockResource};
@@ -72,7 +74,7 @@ pub enum Error {
     /// A slot that is not there.
     #[error("there is no {kind} slot {slot}: the machine has {count}")]
     NoSlot {
-        /// Disk, net or vsock.
+        /// Disk, net, vsock, memory or balloon.
         kind: &'static str,
         /// What was asked for.
         slot: u32,
@@ -142,6 +144,8 @@ pub struct Machine {
     nets: Vec<Slot<Net>>,
     vsock: Option<Slot<Vsock>>,
     rng: Option<Slot<Rng>>,
+    mem: Option<Slot<Mem>>,
+    balloon: Option<Slot<Balloon>>,
     dialer: Dialer,
     serial: Arc<Mutex<Serial>>,
     generation: Generation,
@@ -156,7 +160,9 @@ impl Machine {
     /// Makes all parts, with memory that is zero. Its vCPUs' threads are confined to what is ahead of them.
     fn new(shell: &Shell, config: &Config, ahead: ThreadsFor) -> Result<Self, Error> {
         let vm = create_vm(&shell.kvm)?;
-        let memory = memory::reserve(&memory::layout(config.memory))?;
+        let mut ranges = memory::layout(config.memory);
+        ranges.extend(memory::hotplug(config.hotplug));
+        let memory = memory::reserve(&ranges)?;
         parts::register_memory(&vm, &memory)?;
         let (ports, serial) = parts::port_bus(&vm, &shell.exit)?;
         let generation = parts::generation(&vm, &memory)?;
@@ -170,7 +176,13 @@ impl Machine {
         let rng = config
             .rng
             .then(|| parts::add(&mut builder, "rng", Rng::new(parts::ENTROPY)));
+        let mem = memory::hotplug(config.hotplug).map(|memory::Range { start, size }| MemSlot { start, size });
+        let mem = mem.map(|slot| parts::add(&mut builder, "mem", Mem::new(slot)));
+        let balloon = config
+            .balloon
+            .then(|| parts::add(&mut builder, "balloon", Balloon::new()));
         let (vsock, rng) = (vsock.transpose()?, rng.transpose()?);
+        let (mem, balloon) = (mem.transpose()?, balloon.transpose()?);
         let windows = builder.finish();
         let context = Context {
             ports: Arc::new(ports),
@@ -193,6 +205,8 @@ impl Machine {
             nets,
             vsock,
             rng,
+            mem,
+            balloon,
             dialer: shell.dialer.clone(),
             serial,
             generation,
@@ -246,6 +260,37 @@ impl Machine {
         bind("vsock", self.vsock.as_slice(), 0, VsockResource { listener, dialer })
     }
 
+    /// Says how much memory beyond the first the guest is to have plugged; it follows when it can.
+    ///
+    /// # Errors
+    /// The machine has no such memory, or not so much.
+    pub fn set_memory(&self, bytes: u64) -> Result<(), Error> {
+        bind("memory", self.mem.as_slice(), 0, Requested { bytes })
+    }
+
+    /// Says how many pages of 4 KiB the guest is to give up; it follows when it can.
+    ///
+    /// # Errors
+    /// The machine has no balloon.
+    pub fn set_balloon(&self, pages: u32) -> Result<(), Error> {
+        bind("balloon", self.balloon.as_slice(), 0, Target { pages })
+    }
+
+    /// How far the guest has followed [`Self::set_memory`] and [`Self::set_balloon`].
+    #[must_use]
+    pub fn memory_state(&self) -> MemoryState {
+        let mem = self.mem.as_ref().map(|slot| Mem::sizes(slot.core()));
+        let balloon = self.balloon.as_ref().map(|slot| Balloon::sizes(slot.core()));
+        let (requested_bytes, plugged_bytes) = mem.unwrap_or_default();
+        let (balloon_target_bytes, balloon_bytes) = balloon.unwrap_or_default();
+        MemoryState {
+            requested_bytes,
+            plugged_bytes,
+            balloon_target_bytes,
+            balloon_bytes,
+        }
+    }
+
     /// Counts of what went wrong, by name.
     #[must_use]
     pub fn counters(&self) -> Vec<(String, u64)> {
@@ -264,6 +309,8 @@ impl Machine {
             .chain(self.nets.iter().map(|slot| slot as &dyn AnyDevice))
             .chain(self.vsock.iter().map(|slot| slot as &dyn AnyDevice))
             .chain(self.rng.iter().map(|slot| slot as &dyn AnyDevice))
+            .chain(self.mem.iter().map(|slot| slot as &dyn AnyDevice))
+            .chain(self.balloon.iter().map(|slot| slot as &dyn AnyDevice))
     }
 
     // `new` makes one vCPU for each number of a u8's range.

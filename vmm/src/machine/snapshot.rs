@@ -49,8 +49,23 @@ impl Machine {
         // What is there is no snapshot any more, from before the first byte of its memory goes.
         state.set_len(0).map_err(crate::snapshot::Error::Write)?;
         // SAFETY: the caller's promise.
-        unsafe { file::save(&self.memory, memory, id) }.map_err(memory::Error::File)?;
+        unsafe { file::save(&self.memory, &self.plugged()?, memory, id) }.map_err(memory::Error::File)?;
         Ok(snapshot.write(state)?)
+    }
+
+    /// Memory that the guest has plugged: the rest of where it could be has no content.
+    fn plugged(&self) -> Result<Vec<Range>, Error> {
+        let Some(mem) = &self.mem else {
+            return Ok(Vec::new());
+        };
+        let ranges = mem.state().and_then(|state| state.plugged_ranges());
+        let ranges = ranges.map_err(|source| named(mem, source))?.into_iter();
+        Ok(ranges
+            .map(|range| Range {
+                start: range.start,
+                size: range.end - range.start,
+            })
+            .collect())
     }
 
     fn take(&self, id: [u8; 16]) -> Result<Snapshot, Error> {
@@ -185,6 +200,8 @@ fn difference(theirs: &CreateMachine, ours: &CreateMachine) -> Option<(&'static 
             ("number of nets", machine.nets.len().to_string()),
             ("vsock", machine.vsock.is_some().to_string()),
             ("rng", machine.rng.to_string()),
+            ("hotplug_bytes", machine.hotplug_bytes.to_string()),
+            ("balloon", machine.balloon.to_string()),
         ]
     };
     let both = parts(theirs).into_iter().zip(parts(ours));

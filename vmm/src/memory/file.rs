@@ -5,7 +5,8 @@
 //!   size   one page: magic "FLINTMEM", format u32, zero u32, snapshot id 16 bytes, size u64, BLAKE3 of these 40 bytes
 //! ```
 //!
-//! Mapped privately: what a clone writes is its own, what it only reads it shares with all others in the page cache. The last
+//! Where memory may be plugged, what is not plugged is a hole, and a region that is one hole is not mapped at all: it stays as
+//! it was reserved. Mapped privately: what a clone writes is its own, what it only reads it shares with all others in the page cache. The last
 //! page ties the file to its state file. It does not vouch for the contents: to hash them all would cost more than the whole
 //! rest of a restore, so who stores the file keeps it from changing (and verifies it when it comes from elsewhere).
 
@@ -18,7 +19,7 @@ use std::slice;
 use thiserror::Error;
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
-use super::{GuestMemory, MemorySource};
+use super::{GuestMemory, HOTPLUG_START, MemorySource, Range};
 
 const MAGIC: [u8; 8] = *b"FLINTMEM";
 const FORMAT: u32 = 1;
@@ -84,14 +85,15 @@ fn trailer(id: [u8; 16], size: u64) -> [u8; PAGE] {
     page
 }
 
-/// Writes guest memory into `file`, in place of what is in it.
+/// Writes guest memory into `file`, in place of what is in it. Of what lies from [`HOTPLUG_START`] on, only `plugged` is looked
+/// at: to read the rest, which may be a hundred times as much, would cost time and page tables.
 ///
 /// # Safety
 /// Nobody writes to guest memory meanwhile: vCPUs and devices stand still.
 ///
 /// # Errors
 /// The host cannot write it. What is in the file then is refused by [`PrivateFile::open`].
-pub unsafe fn save(memory: &GuestMemory, file: &File, id: [u8; 16]) -> Result<(), Error> {
+pub unsafe fn save(memory: &GuestMemory, plugged: &[Range], file: &File, id: [u8; 16]) -> Result<(), Error> {
     let size = size(memory);
     // To nothing first: whatever was there becomes a hole, and an old last page is gone before the first new byte.
     file.set_len(0).map_err(Error::Write)?;
@@ -101,13 +103,38 @@ pub unsafe fn save(memory: &GuestMemory, file: &File, id: [u8; 16]) -> Result<()
         let length = usize::try_from(region.len()).unwrap_or(0);
         // SAFETY: the region is mapped for as long as `memory` lives, and nobody writes to it (the caller's promise).
         let bytes = unsafe { slice::from_raw_parts(region.as_ptr(), length) };
-        for (start, end) in runs(bytes) {
-            file.write_all_at(&bytes[start..end], offset + start as u64)
-                .map_err(Error::Write)?;
+        for part in parts(region, plugged) {
+            for (start, end) in runs(&bytes[part.clone()]) {
+                let (start, end) = (part.start + start, part.start + end);
+                file.write_all_at(&bytes[start..end], offset + start as u64)
+                    .map_err(Error::Write)?;
+            }
         }
         offset += region.len();
     }
     file.write_all_at(&trailer(id, size), size).map_err(Error::Write)
+}
+
+/// The parts of a region that have a content, as offsets in it.
+fn parts(region: &impl GuestMemoryRegion, plugged: &[Range]) -> Vec<std::ops::Range<usize>> {
+    let (start, length) = (region.start_addr().0, region.len());
+    let offset = |address: u64| usize::try_from(address.saturating_sub(start).min(length)).unwrap_or(0);
+    if start < HOTPLUG_START {
+        return std::iter::once(0..offset(start + length)).collect();
+    }
+    let plugged = plugged.iter();
+    plugged
+        .map(|range| offset(range.start)..offset(range.start.saturating_add(range.size)))
+        .filter(|part| !part.is_empty())
+        .collect()
+}
+
+/// Whether `file` has anything from `offset` to `end`. A file system that does not know of holes says that it has.
+fn has_data(file: &File, offset: i64, end: i64) -> bool {
+    // SAFETY: lseek takes no pointers. What it moves is not used: all reading here is by offset.
+    let data = unsafe { libc::lseek(file.as_raw_fd(), offset, libc::SEEK_DATA) };
+    // ENXIO: nothing up to the end of the file.
+    data < end && (data >= 0 || io::Error::last_os_error().raw_os_error() != Some(libc::ENXIO))
 }
 
 /// Runs of pages that are not all zero.
@@ -183,6 +210,10 @@ impl MemorySource for PrivateFile {
                 .ok()
                 .zip(i64::try_from(region.len()).ok())
                 .ok_or(super::Error::TooLarge(expected))?;
+            if region.start_addr().0 >= HOTPLUG_START && !has_data(&self.file, offset, offset.saturating_add(next)) {
+                offset += next;
+                continue;
+            }
             // SAFETY: exactly a reserved region is replaced, which stays mapped at its address for as long as it lives; its
             // contents change as guest memory always may.
             let mapped = unsafe {
@@ -232,8 +263,39 @@ mod tests {
         file.write_all_at(&[0xff; 100], 7 << 20).unwrap();
         file.write_all_at(&[0xff; 100], 0x20000).unwrap();
         // SAFETY: nobody else has this memory.
-        unsafe { save(&memory, &file, id) }.unwrap();
+        unsafe { save(&memory, &[], &file, id) }.unwrap();
         file
+    }
+
+    #[test]
+    fn only_plugged_memory_is_saved_and_a_region_with_none_is_not_mapped() {
+        let boot = Range {
+            start: 0,
+            size: 2 << 20,
+        };
+        let hotplug = Range {
+            start: HOTPLUG_START,
+            size: 8 << 20,
+        };
+        let plugged = Range {
+            start: HOTPLUG_START + (2 << 20),
+            size: 2 << 20,
+        };
+        let places = [0, 3, 4].map(|mebibytes| GuestAddress(HOTPLUG_START + (mebibytes << 20)));
+        for (plugged, expected) in [(vec![plugged], [0, 7, 0]), (vec![], [0, 0, 0])] {
+            let memory = reserve(&[boot, hotplug]).unwrap();
+            for place in places {
+                memory.write_obj(7u8, place).unwrap();
+            }
+            let file = tempfile::tempfile().unwrap();
+            // SAFETY: nobody else has this memory.
+            unsafe { save(&memory, &plugged, &file, [1; 16]) }.unwrap();
+            assert_eq!(has_data(&file, 2 << 20, 10 << 20), !plugged.is_empty());
+            let memory = reserve(&[boot, hotplug]).unwrap();
+            let source = PrivateFile::open(file, [1; 16], size(&memory)).unwrap();
+            source.fill(&memory).unwrap();
+            assert_eq!(places.map(|place| memory.read_obj::<u8>(place).unwrap()), expected);
+        }
     }
 
     #[test]

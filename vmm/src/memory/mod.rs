@@ -13,6 +13,10 @@
 //!  0x1_0000_0000 +--------------------------+  HIGH_MEMORY_START
 //!                | the rest of the memory   |
 //!                +--------------------------+
+//!                | nothing                  |
+//! 0x40_0000_0000 +--------------------------+  HOTPLUG_START
+//!                | plugged by virtio-mem    |  not told of in the memory map
+//!                +--------------------------+
 //! ```
 
 pub mod file;
@@ -29,6 +33,9 @@ pub type GuestMemory = Arc<GuestMemoryMmap<()>>;
 pub const LOW_MEMORY_END: u64 = 0xc000_0000;
 /// Where memory goes on above the gap.
 pub const HIGH_MEMORY_START: u64 = 1 << 32;
+/// Where memory begins that is plugged while the guest runs: the same place in each machine, whatever its size, and within the
+/// 39 bits of address that the smallest hosts have.
+pub const HOTPLUG_START: u64 = 1 << 38;
 /// Window of the first virtio-mmio device.
 pub const VIRTIO_BASE: u64 = 0xd000_0000;
 /// Size of each virtio-mmio window.
@@ -82,6 +89,15 @@ pub fn layout(size: u64) -> Vec<Range> {
         });
     }
     ranges
+}
+
+/// Where memory lies that may be plugged: nowhere, if there is none.
+#[must_use]
+pub fn hotplug(size: u64) -> Option<Range> {
+    (size > 0).then_some(Range {
+        start: HOTPLUG_START,
+        size,
+    })
 }
 
 /// Where guest memory comes from.

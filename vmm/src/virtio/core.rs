@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::io;
+use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -52,6 +53,13 @@ impl Core {
             driver_ok: AtomicBool::new(false),
             change_untold: AtomicBool::new(false),
         })
+    }
+
+    /// The same with bytes in its configuration space that the driver may write.
+    #[must_use]
+    pub fn with_writable(mut self, writable: Range<usize>) -> Self {
+        self.config.writable = writable;
+        self
     }
 
     /// One eventfd for each queue; the driver's notification (a write of the queue's index to QueueNotify) ends there.
@@ -150,6 +158,7 @@ pub(crate) fn raise(eventfd: &EventFd) {
 #[derive(Debug)]
 pub struct ConfigSpace {
     bytes: Mutex<Vec<u8>>,
+    writable: Range<usize>,
     generation: AtomicU32,
 }
 
@@ -157,6 +166,7 @@ impl ConfigSpace {
     fn new(bytes: Vec<u8>) -> Self {
         Self {
             bytes: Mutex::new(bytes),
+            writable: 0..0,
             generation: AtomicU32::new(0),
         }
     }
@@ -172,6 +182,22 @@ impl ConfigSpace {
                 .copied()
                 .unwrap_or(0);
         }
+    }
+
+    /// A write by the driver. False: it may not write there, and nothing has changed.
+    pub fn write(&self, offset: u64, data: &[u8]) -> bool {
+        let from = usize::try_from(offset).unwrap_or(usize::MAX);
+        let Some(end) = from.checked_add(data.len()) else {
+            return false;
+        };
+        if data.is_empty() || from < self.writable.start || end > self.writable.end {
+            return false;
+        }
+        match lock(&self.bytes).get_mut(from..end) {
+            Some(bytes) => bytes.copy_from_slice(data),
+            None => return false,
+        }
+        true
     }
 
     /// Changes the contents and moves the generation on.
@@ -243,9 +269,14 @@ pub struct Counters(Mutex<BTreeMap<&'static str, u64>>);
 impl Counters {
     /// Adds one.
     pub fn bump(&self, name: &'static str) {
+        self.add(name, 1);
+    }
+
+    /// Adds some.
+    pub fn add(&self, name: &'static str, number: u64) {
         let mut counts = lock(&self.0);
         let count = counts.entry(name).or_default();
-        *count = count.saturating_add(1);
+        *count = count.saturating_add(number);
     }
 
     /// The count of one name.

@@ -44,6 +44,9 @@ pub enum DeviceError {
     /// What was to be bound does not fit the slot.
     #[error("{0}")]
     Refused(String),
+    /// A value that cannot be.
+    #[error("{0}")]
+    Invalid(String),
     /// There is something behind the slot already.
     #[error("the slot is bound already")]
     AlreadyBound,

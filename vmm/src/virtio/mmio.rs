@@ -392,11 +392,16 @@ impl BusDevice for MmioTransport {
     }
 
     fn write(&mut self, offset: u64, data: &[u8]) {
+        if let Some(offset) = offset.checked_sub(u64::from(reg::VIRTIO_MMIO_CONFIG)) {
+            if !self.core.config.write(offset, data) {
+                self.core.counters.bump("bad_access");
+            }
+            return;
+        }
         match (u32::try_from(offset), <[u8; 4]>::try_from(data)) {
-            (Ok(offset), Ok(value)) if offset < reg::VIRTIO_MMIO_CONFIG && offset % 4 == 0 => {
+            (Ok(offset), Ok(value)) if offset % 4 == 0 => {
                 self.write_register(offset, u32::from_le_bytes(value));
             }
-            // No device here has a field in its configuration space that a driver may write.
             _ => self.core.counters.bump("bad_access"),
         }
     }

@@ -104,7 +104,7 @@ fn a_driver_finds_the_device() {
 }
 
 #[test]
-fn config_space_is_read_in_any_width_and_never_written() {
+fn config_space_is_read_in_any_width_and_written_only_where_a_device_lets_it() {
     let (mut transport, _) = transport();
     let mut data = [0; 8];
     transport.read(0x100, &mut data);

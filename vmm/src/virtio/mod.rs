@@ -12,16 +12,19 @@
 //! - [`worker`]: the thread that owns a [`device::Device`]; its commands are activate, reset, bind, pause, resume,
 //!   save, restore.
 //! - [`queue`] and [`chain`]: rings and descriptors. Descriptors are read once, into owned values, and checked there.
-//! - [`block`], [`net`], [`vsock`], [`rng`]: the devices; each has the same parts in the same order: config space, state,
+//! - [`block`], [`net`], [`vsock`], [`rng`], [`balloon`], [`mem`]: the devices; each has the same parts in the same order: config space, state,
 //!   activate, process, save and restore.
 //!
 //! What a guest writes is hostile. A malformed chain is handed back unused and counted; a malformed ring stops the
 //! device, which then asks for a reset (virtio 1.3, 2.1.2). Neither ends the VMM.
 
+pub mod balloon;
 pub mod block;
 pub mod chain;
 pub mod core;
 pub mod device;
+mod discard;
+pub mod mem;
 pub mod mmio;
 pub mod net;
 pub mod queue;

@@ -32,6 +32,10 @@ pub enum ThreadKind {
     Vsock,
     /// virtio-rng.
     Rng,
+    /// virtio-balloon.
+    Balloon,
+    /// virtio-mem.
+    Mem,
 }
 
 /// Called first in a new device thread: it puts the system call filter on.
