@@ -8,7 +8,7 @@ use thiserror::Error;
 use tokio::sync::mpsc;
 use tonic::{async_trait, transport::Channel};
 
-use crate::timeline::Timeline;
+use crate::{probe::KvmKind, timeline::Timeline};
 
 /// What a sandbox is made of.
 #[derive(Clone, Debug)]
@@ -87,6 +87,8 @@ pub enum TakeOver {
 /// Makes sandboxes.
 #[async_trait]
 pub trait Sandboxes: Send + Sync + 'static {
+    /// Whether a sandbox could be launched now, and on what kind of KVM; an error says what is missing and what to do. Cheap.
+    async fn ready(&self) -> Result<KvmKind, SandboxError>;
     /// Starts a sandbox whose guest has taken its identity and waits for containers. An error leaves nothing behind.
     async fn launch(&self, plan: SandboxPlan, timeline: Timeline) -> Result<Arc<dyn Sandbox>, SandboxError>;
     /// Finds a sandbox that an earlier flintd launched.

@@ -121,9 +121,22 @@ pub struct Options {
     /// Name of the pods' bridge.
     #[arg(long, env = "FLINT_BRIDGE", default_value = "flint0", value_name = "NAME")]
     pub bridge: String,
+    /// Name of the sandboxes' cgroup. Two flintds on one host need two: each ends what it finds there and does not know.
+    #[arg(long, env = "FLINT_CGROUP", default_value = "flint", value_name = "NAME", value_parser = cgroup_name)]
+    pub cgroup: String,
     /// At a stop, end all pods first instead of leaving them running.
     #[arg(long, env = "FLINT_STOP_PODS")]
     pub stop_pods: bool,
+}
+
+/// One folder, and none of the kernel's own files, which all have a dot in their names.
+fn cgroup_name(name: &str) -> Result<String, String> {
+    let plain = |c: char| c.is_ascii_alphanumeric() || "-_".contains(c);
+    if (1..=63).contains(&name.len()) && name.chars().all(plain) {
+        Ok(name.to_owned())
+    } else {
+        Err("a name has 1 to 63 of a-z A-Z 0-9 - _".into())
+    }
 }
 
 /// flintd could not start or go on.
@@ -141,7 +154,9 @@ pub enum DaemonError {
         source: io::Error,
     },
     /// Another one runs.
-    #[error("another flintd runs with state folder {0}: stop it, or give this one another --state-dir and --run-dir")]
+    #[error(
+        "another flintd runs with state folder {0}: stop it, or give this one a --state-dir, --run-dir and --cgroup, and a network namespace, of its own"
+    )]
     Running(PathBuf),
     /// The store.
     #[error(transparent)]
@@ -236,6 +251,7 @@ fn sandboxes(options: &Options) -> Config {
         options.kernel.clone(),
         Some(options.initrd.clone()),
     );
+    config.cgroup.clone_from(&options.cgroup);
     config.network.range = options.pod_range;
     config.network.bridge.clone_from(&options.bridge);
     config

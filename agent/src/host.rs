@@ -12,7 +12,6 @@ use thiserror::Error;
 
 use crate::{
     pods::{journal::Journal, system_time, timestamp},
-    probe::{self, KvmKind},
     store::{Change, HostState},
 };
 
@@ -30,7 +29,7 @@ pub struct Reserve {
     pub pods: u32,
 }
 
-/// Describes this machine: what does not change while it runs.
+/// Describes this machine: what does not change while it runs. What KVM it has may change, and is not told here.
 pub fn describe(state: &Path, reserve: Reserve) -> io::Result<HostInfo> {
     let read = |path: &str| fs::read_to_string(path).map(|text| text.trim().to_owned());
     let cpus = std::thread::available_parallelism()?.get() as u64;
@@ -52,12 +51,6 @@ pub fn describe(state: &Path, reserve: Reserve) -> io::Result<HostInfo> {
         version: env!("CARGO_PKG_VERSION").into(),
         kernel_version: read("/proc/sys/kernel/osrelease")?,
         cpu_model: model.map_or_else(String::new, |(_, name)| name.to_owned()),
-        kvm: match probe::measure() {
-            Ok(kvm) if kvm.kind == KvmKind::Native => "native",
-            Ok(_) => "emulated",
-            Err(_) => "none",
-        }
-        .into(),
         allocatable: Some(Amounts {
             cpu_milli: capacity.cpu_milli.saturating_sub(reserve.cpu_milli),
             memory_bytes: capacity.memory_bytes.saturating_sub(reserve.memory_bytes),

@@ -1,7 +1,10 @@
 //! What flintd remembers over its own death: pods, the revision, the lease. One redb file; a commit is there wholly or not
 //! at all.
 
-use std::path::{Path, PathBuf};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
 
 use prost::Message;
 use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition};
@@ -120,7 +123,7 @@ impl Store {
     fn database(&mut self) -> Result<&Database, StoreError> {
         let database = match self.database.take() {
             Some(database) => database,
-            None => Database::create(&self.path).map_err(|error| self.error("opening", error.into()))?,
+            None => open(&self.path).map_err(|error| self.error("opening", error))?,
         };
         Ok(self.database.insert(database))
     }
@@ -170,6 +173,21 @@ impl Store {
             source: Box::new(source),
         }
     }
+}
+
+/// Opens the file, or makes it under another name first: of a file that is half made redb says that it is none of its own, and
+/// a flintd that was killed in its first moment must not keep the next one from starting.
+fn open(path: &Path) -> Result<Database, redb::Error> {
+    if !path.try_exists()? {
+        let draft = path.with_extension("new");
+        // Left by one that was killed here.
+        if draft.try_exists()? {
+            fs::remove_file(&draft)?;
+        }
+        drop(Database::create(&draft)?);
+        fs::rename(&draft, path)?;
+    }
+    Ok(Database::create(path)?)
 }
 
 #[derive(Default)]
@@ -382,6 +400,24 @@ mod tests {
             }
         }
         assert!(before > 2 && after > 0, "{before} {after}");
+    }
+
+    #[test]
+    fn a_flintd_that_was_killed_while_it_made_the_file_does_not_keep_the_next_one_from_it() {
+        let healthy = Disk::failing_after(Vec::new(), usize::MAX);
+        drop(Store::with_backend(healthy.clone()).unwrap());
+        for operations in 0..3 {
+            let disk = Disk::failing_after(Vec::new(), operations);
+            assert!(
+                Store::with_backend(disk.clone()).is_err(),
+                "it was killed before the file was whole"
+            );
+            let folder = tempfile::tempdir().unwrap();
+            let path = folder.path().join("state.redb");
+            std::fs::write(path.with_extension("new"), disk.after_power_failure(true)).unwrap();
+            assert_eq!(Store::open(&path).unwrap().load().unwrap().revision, 0);
+            assert!(!path.with_extension("new").exists());
+        }
     }
 
     #[test]

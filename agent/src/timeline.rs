@@ -16,7 +16,10 @@ pub struct Timeline(Arc<Inner>);
 
 #[derive(Debug)]
 struct Inner {
+    /// When this flintd began to count.
     origin: Instant,
+    /// How old the pod was then.
+    age: Duration,
     stages: Mutex<Vec<host::Stage>>,
 }
 
@@ -33,13 +36,15 @@ pub struct Stage {
 impl Timeline {
     /// A timeline that begins now.
     pub fn new() -> Self {
-        Self::resume(Vec::new())
+        Self::resume(Vec::new(), Duration::ZERO)
     }
 
-    /// A timeline that already has stages, for a pod that an earlier flintd started. New stages count from now.
-    pub fn resume(stages: Vec<host::Stage>) -> Self {
+    /// A timeline that already has stages, for a pod that an earlier flintd accepted so long ago. New stages count from there,
+    /// too.
+    pub fn resume(stages: Vec<host::Stage>, age: Duration) -> Self {
         Self(Arc::new(Inner {
             origin: Instant::now(),
+            age,
             stages: Mutex::new(stages),
         }))
     }
@@ -62,7 +67,7 @@ impl Timeline {
     pub fn record(&self, name: impl Into<String>, start: Instant, duration: Duration) {
         let stage = host::Stage {
             name: name.into(),
-            start: Some(to_proto(start.saturating_duration_since(self.0.origin))),
+            start: Some(to_proto(self.0.age + start.saturating_duration_since(self.0.origin))),
             duration: Some(to_proto(duration)),
         };
         let mut stages = self.0.stages.lock().unwrap_or_else(PoisonError::into_inner);
@@ -116,6 +121,21 @@ mod tests {
         outer.end();
         let names: Vec<_> = timeline.stages().into_iter().map(|stage| stage.name).collect();
         assert_eq!(names, ["outer", "inner"]);
+    }
+
+    #[test]
+    fn stages_of_a_pod_that_was_taken_over_count_from_its_true_start() {
+        let first = Timeline::new();
+        first.mark("image.pull");
+        let hour = Duration::from_secs(3600);
+        let second = Timeline::resume(first.stages(), hour);
+        second.mark("container.web.start");
+        let starts: Vec<_> = second
+            .stages()
+            .into_iter()
+            .map(|stage| stage.start.unwrap().seconds)
+            .collect();
+        assert!(starts[0] < 60 && starts[1] >= 3600, "{starts:?}");
     }
 
     #[test]

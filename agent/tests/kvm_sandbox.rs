@@ -15,7 +15,7 @@ use nix::{
     sys::{ptrace, signal::Signal, wait::waitpid},
     unistd::Pid,
 };
-use sandbox::{Host, LIMIT, as_daemon, ask, guest, on_a_host, signal, spec, wait_for};
+use sandbox::{Host, LIMIT, as_daemon, ask, guest, on_a_host, signal, spec, wait_for, wait_there};
 
 /// A guest that says it runs, and then sleeps.
 fn sleeper() -> Vec<u8> {
@@ -203,6 +203,11 @@ async fn ended(manager: &Manager) -> Exited {
 fn a_sandbox_outlives_its_daemon_and_is_taken_over_by_the_next() {
     on_a_host(&sleeper(), |host| async move {
         orphan(&host).await;
+        // A sleeper has no images; one that has notes them here.
+        let intent = fs::read_to_string(host.file("sandbox.json")).unwrap();
+        let with_image = intent.replace(r#""images":[]"#, r#""images":["sha256:of-an-image"]"#);
+        assert_ne!(intent, with_image);
+        fs::write(host.file("sandbox.json"), with_image).unwrap();
         let manager = host.manager().await;
         let TakenOver::Running(sandbox) = manager.take_over("a").await.unwrap() else {
             panic!("it runs");
@@ -212,6 +217,11 @@ fn a_sandbox_outlives_its_daemon_and_is_taken_over_by_the_next() {
             flint_api::vmm::state::Phase::Running
         );
         assert_eq!(sandbox.addresses().len(), 1);
+        assert_eq!(
+            sandbox.images(),
+            ["sha256:of-an-image"],
+            "what it reads is known to who keeps images"
+        );
         assert!(ask("nft list set bridge flint sources").contains(&sandbox.addresses()[0].to_string()));
         assert!(manager.take_over("a").await.is_err(), "it has an owner now");
         sandbox.kill();
@@ -260,6 +270,75 @@ fn a_start_that_the_daemon_did_not_survive_is_undone() {
             exited.detail.contains("before the sandbox's start was complete"),
             "{exited:?}"
         );
+        host.end(manager).await;
+    });
+}
+
+/// A daemon is killed in the middle of a start; the next one must find or undo all of it.
+async fn killed_while_starting(host: &Host, moment: impl FnOnce() + Send + 'static) {
+    let daemon = host.daemon("daemon");
+    let moment = tokio::task::spawn_blocking(moment);
+    tokio::time::timeout(LIMIT, moment).await.expect("in time").unwrap();
+    daemon.kill_9();
+    let manager = host.manager().await;
+    match manager.take_over("a").await {
+        Ok(TakenOver::Ended(exited)) => assert!(exited.detail.contains("before the sandbox's start"), "{exited:?}"),
+        Ok(TakenOver::Running(sandbox)) => panic!("its guest has not dialled: {sandbox:?}"),
+        // Nothing was begun yet.
+        Err(SandboxError::Unknown(_)) => {}
+        Err(error) => panic!("{error}"),
+    }
+    host.assert_clean();
+    manager.remove().await.unwrap();
+}
+
+#[test]
+fn whatever_step_of_a_start_the_daemon_is_killed_at_nothing_is_left() {
+    on_a_host(&sleeper(), |host| async move {
+        for file in [
+            "",
+            "sandbox.json",
+            "control.sock",
+            "vsock.sock",
+            "exit",
+            "serial.log",
+            "vmm.log",
+        ] {
+            let file = host.file(file);
+            killed_while_starting(&host, move || wait_there(&file)).await;
+        }
+        let serial = host.file("serial.log");
+        killed_while_starting(&host, move || wait_for(&serial, "up")).await;
+    });
+}
+
+#[test]
+fn whenever_the_daemon_is_killed_during_a_start_nothing_is_left() {
+    const ROUNDS: usize = 12;
+    let seed = fastrand::u64(..);
+    println!("seed {seed}");
+    on_a_host(&sleeper(), move |host| async move {
+        let mut random = fastrand::Rng::with_seed(seed);
+        for _ in 0..ROUNDS {
+            let folder = host.file("");
+            // No event marks these moments: they lie between all that can be seen.
+            let moment = Duration::from_micros(random.u64(..60_000));
+            killed_while_starting(&host, move || {
+                wait_there(&folder);
+                std::thread::sleep(moment);
+            })
+            .await;
+        }
+    });
+}
+
+#[test]
+fn a_kernel_that_only_looks_like_one_is_refused_with_its_name() {
+    on_a_host(b"\x7fELF and nothing more of it", |host| async move {
+        let manager = host.manager().await;
+        let error = manager.launch(spec(true), &Timeline::new()).await.unwrap_err();
+        let message = flintd::chain(&error);
+        assert!(message.to_lowercase().contains("kernel"), "{message}");
         host.end(manager).await;
     });
 }

@@ -62,6 +62,7 @@ impl From<PodError> for Status {
                 Status::with_error_details(Code::ResourceExhausted, message, details)
             }
             PodError::Draining => fault(Code::Unavailable, "DRAINING", message),
+            PodError::NotReady(_) => fault(Code::FailedPrecondition, "HOST_NOT_READY", message),
             PodError::NotFound(_) => fault(Code::NotFound, "POD_NOT_FOUND", message),
             PodError::Stale { .. } => fault(Code::Aborted, "STALE_GENERATION", message),
             PodError::NotEnded(_) => fault(Code::FailedPrecondition, "POD_NOT_ENDED", message),

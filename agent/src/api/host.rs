@@ -27,10 +27,16 @@ impl From<LeaseError> for Status {
 
 impl Api {
     /// The host now.
-    fn host_info(&self) -> host::HostInfo {
-        let allocated = self.pods.context().ledger.allocated();
+    async fn host_info(&self) -> host::HostInfo {
+        let context = self.pods.context();
+        let (kvm, not_ready) = match self.pods.ready().await {
+            Ok(kind) => (kind.word().into(), String::new()),
+            Err(error) => ("none".into(), error),
+        };
         host::HostInfo {
-            allocated: Some(allocated),
+            kvm,
+            not_ready,
+            allocated: Some(context.ledger.allocated()),
             draining: self.control.draining(),
             ..(*self.info).clone()
         }
@@ -40,7 +46,7 @@ impl Api {
 #[async_trait]
 impl Host for Api {
     async fn get_host(&self, _: Request<host::GetHostRequest>) -> Result<Response<host::HostInfo>, Status> {
-        Ok(Response::new(self.host_info()))
+        Ok(Response::new(self.host_info().await))
     }
 
     type WatchHostStream = Answers<host::HostInfo>;
@@ -49,7 +55,10 @@ impl Host for Api {
         // The channel holds a version only: a slow client misses states in between, never the last one.
         let changes = WatchStream::new(self.pods.context().host_changed.subscribe());
         let api = self.clone();
-        Ok(Response::new(Box::pin(changes.map(move |_| Ok(api.host_info())))))
+        Ok(Response::new(Box::pin(changes.then(move |_| {
+            let api = api.clone();
+            async move { Ok(api.host_info().await) }
+        }))))
     }
 
     async fn acquire_lease(

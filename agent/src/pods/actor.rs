@@ -188,11 +188,19 @@ impl Actor {
     }
 
     async fn handle(&mut self, event: Event) {
-        let now = SystemTime::now();
-        for action in self.machine.handle(event, now) {
+        let actions = self.machine.handle(event, SystemTime::now());
+        let (forgetful, others): (Vec<_>, Vec<_>) = actions.into_iter().partition(Action::makes_the_guest_forget);
+        for action in others {
             self.perform(action);
         }
         self.publish().await;
+        if !forgetful.is_empty() {
+            // Killed after the guest has forgotten and before the disk knows, a flintd would leave nobody who does.
+            self.context.journal.flush().await;
+            for action in forgetful {
+                self.perform(action);
+            }
+        }
     }
 
     async fn publish(&mut self) {

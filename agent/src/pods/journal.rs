@@ -43,7 +43,8 @@ pub struct Journal {
 
 #[derive(Debug)]
 struct Entry {
-    change: Change,
+    /// Absent: only to know that all earlier ones are written.
+    change: Option<Change>,
     done: Option<oneshot::Sender<Result<u64, String>>>,
 }
 
@@ -97,7 +98,7 @@ impl Journal {
     pub async fn commit(&self, change: Change) -> Result<u64, String> {
         let (done, answer) = oneshot::channel();
         let entry = Entry {
-            change,
+            change: Some(change),
             done: Some(done),
         };
         self.changes
@@ -114,11 +115,24 @@ impl Journal {
             return;
         };
         let entry = Entry {
-            change: Change::Put(uid, Box::new(record)),
+            change: Some(Change::Put(uid, Box::new(record))),
             done: None,
         };
         // The receiver ends only with the process.
         let _ = self.changes.send(entry).await;
+    }
+
+    /// Waits until everything recorded before is durable. A disk that does not take it holds nobody up: the record is kept,
+    /// the failure is in the log, and pods must be able to end on a full disk.
+    pub async fn flush(&self) {
+        let (done, answer) = oneshot::channel();
+        let entry = Entry {
+            change: None,
+            done: Some(done),
+        };
+        if self.changes.send(entry).await.is_ok() {
+            let _ = answer.await;
+        }
     }
 
     /// A pod.
@@ -239,9 +253,17 @@ impl Writer {
         let mut changes = std::mem::take(&mut self.unwritten);
         let mut waiting = Vec::new();
         for entry in batch {
-            supersede(&mut changes, &entry.change);
-            changes.push(entry.change);
+            if let Some(change) = entry.change {
+                supersede(&mut changes, &change);
+                changes.push(change);
+            }
             waiting.extend(entry.done);
+        }
+        if changes.is_empty() {
+            for done in waiting {
+                let _ = done.send(Ok(self.revision));
+            }
+            return;
         }
         let mut revision = self.revision;
         for change in &mut changes {

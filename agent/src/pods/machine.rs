@@ -120,6 +120,19 @@ pub enum Action {
     Arm(Timer, Duration),
 }
 
+impl Action {
+    /// Whether the guest alone may know something that it will not know any more: how a container ended, which run of it was
+    /// the last. Such an action waits until the record is durable.
+    pub(super) fn makes_the_guest_forget(&self) -> bool {
+        match self {
+            Self::Shutdown | Self::KillSandbox => true,
+            // The run before it is removed first.
+            Self::Run(_, run) => *run > 0,
+            Self::Pull(_) | Self::Launch | Self::Stop(_) | Self::Kill(_) | Self::Arm(..) => false,
+        }
+    }
+}
+
 /// Names of pauses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Timer {
@@ -396,6 +409,12 @@ impl Machine {
             return;
         }
         self.addresses.clear();
+        // An earlier flintd was killed while it made the sandbox. That is no try of the pod's own: nothing of it has run.
+        let untouched = self.containers.iter().all(|container| !container.begun);
+        if self.life == Life::Launching && untouched && self.terminating.is_none() {
+            self.launch(actions);
+            return;
+        }
         let expected = self.life == Life::Stopping || self.terminating.is_some();
         let message = format!("the sandbox ended: {exit}");
         if expected || self.policy == host::RestartPolicy::Never {

@@ -32,6 +32,7 @@ use crate::{
     backend::{Images, Sandbox, Sandboxes},
     logs::{Logs, Query},
     metrics::Metrics,
+    probe::KvmKind,
     store::{Change, Loaded},
     timeline::Timeline,
 };
@@ -56,6 +57,9 @@ pub enum PodError {
     /// No new pods just now.
     #[error("the host is draining and takes no new pods; resume it, or use another host")]
     Draining,
+    /// No sandbox can be made just now.
+    #[error("this host cannot start pods just now: {0}")]
+    NotReady(String),
     /// The uid is not known.
     #[error("no pod with uid {0} is known on this host")]
     NotFound(String),
@@ -139,6 +143,8 @@ pub struct Pods {
     actors: Mutex<HashMap<String, Handle>>,
     /// One at a time: applying and forgetting decide by what is known and change it.
     turn: tokio::sync::Mutex<()>,
+    /// Why no sandbox could be made when it was last looked at.
+    trouble: Mutex<Option<String>>,
 }
 
 /// A running container, for streams.
@@ -169,7 +175,10 @@ impl Pods {
             context,
             actors: Mutex::default(),
             turn: tokio::sync::Mutex::default(),
+            trouble: Mutex::default(),
         };
+        // For the log: whoever wants a pod is told by its answer.
+        let _ = pods.ready().await;
         for record in loaded.pods.into_iter().filter(|record| !record.ended) {
             let Some(pod) = &record.pod else { continue };
             let (meta, spec) = (
@@ -177,11 +186,36 @@ impl Pods {
                 pod.spec.clone().unwrap_or_default(),
             );
             pods.context.ledger.retake(&meta.uid, pods.context.sizing.of(&spec));
-            let stages = pod.status.clone().unwrap_or_default().timeline;
+            let status = pod.status.clone().unwrap_or_default();
+            let age = status
+                .created_at
+                .map(|at| SystemTime::now().duration_since(system_time(at)));
             info!(uid = meta.uid, sandbox = record.sandbox_id, "going on with a pod");
-            pods.spawn(&meta.uid, record, HashMap::new(), Timeline::resume(stages));
+            // A clock that was set back: better from now than in the future.
+            let timeline = Timeline::resume(status.timeline, age.and_then(Result::ok).unwrap_or_default());
+            pods.spawn(&meta.uid, record, HashMap::new(), timeline);
         }
         Arc::new(pods)
+    }
+
+    /// Whether a sandbox could be made now; an error says what is missing and what to do. Told to the log and to those who watch
+    /// the host when it changes.
+    pub async fn ready(&self) -> Result<KvmKind, String> {
+        let ready = self.context.sandboxes.ready().await.map_err(|error| error.to_string());
+        let trouble = ready.as_ref().err().cloned();
+        let before = {
+            // Replaced as a whole, so a panic elsewhere leaves it consistent.
+            let mut known = self.trouble.lock().unwrap_or_else(PoisonError::into_inner);
+            std::mem::replace(&mut *known, trouble.clone())
+        };
+        if before != trouble {
+            match trouble {
+                Some(error) => warn!(error, "no pod can be started"),
+                None => info!("pods can be started again"),
+            }
+            self.context.changed();
+        }
+        ready
     }
 
     fn actors(&self) -> MutexGuard<'_, HashMap<String, Handle>> {
@@ -221,6 +255,7 @@ impl Pods {
         if draining {
             return Err(PodError::Draining);
         }
+        self.ready().await.map_err(PodError::NotReady)?;
         let uid = meta.uid.clone();
         self.context.ledger.take(&uid, self.context.sizing.of(&spec))?;
         let record = actor::new_record(meta, spec);
@@ -496,3 +531,8 @@ pub(crate) fn duration(of: prost_types::Duration) -> Duration {
     const CENTURY: Duration = Duration::from_secs(100 * 366 * 86_400);
     Duration::try_from(of).unwrap_or_default().min(CENTURY)
 }
+
+#[cfg(test)]
+mod crash_tests;
+#[cfg(test)]
+mod crash_world;

@@ -29,6 +29,17 @@ pub enum KvmKind {
     Emulated,
 }
 
+impl KvmKind {
+    /// As the API says it.
+    #[must_use]
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::Native => "native",
+            Self::Emulated => "emulated",
+        }
+    }
+}
+
 /// A usable KVM.
 #[derive(Debug, Clone, Copy)]
 pub struct Kvm {
@@ -41,21 +52,82 @@ pub struct Kvm {
 /// Why KVM cannot be used.
 #[derive(Debug, Error)]
 pub enum KvmError {
-    /// No `/dev/kvm`.
-    #[error("there is no /dev/kvm")]
-    NoDevice,
+    /// No device, or none behind its name.
+    #[error("there is no KVM behind /dev/kvm ({0})")]
+    NoDevice(io::Error),
     /// It is there, and not for this user.
-    #[error("/dev/kvm may not be opened by this user")]
-    Permission,
-    /// It cannot be opened for another reason, busy included.
-    #[error("/dev/kvm cannot be opened")]
-    Open(#[source] io::Error),
+    #[error("/dev/kvm may not be opened by this user ({0})")]
+    Permission(io::Error),
+    /// Something else has its name.
+    #[error("/dev/kvm is not KVM's device: it does not answer KVM_GET_API_VERSION")]
+    NotKvm,
+    /// It cannot be opened for another reason.
+    #[error("/dev/kvm cannot be opened: {0}")]
+    Open(io::Error),
     /// Another interface than the one everybody has.
     #[error("/dev/kvm speaks API version {0}, not 12")]
     Version(i32),
+    /// VMX or SVM is on already, and not by KVM.
+    #[error("/dev/kvm is busy: another hypervisor holds the processor's virtualization ({0})")]
+    Busy(io::Error),
     /// A guest could not be made or run.
-    #[error("a test guest could not be run: {0}")]
-    Guest(#[source] io::Error),
+    #[error("/dev/kvm is there, and a test guest could not be run: {0}")]
+    Guest(io::Error),
+}
+
+impl KvmError {
+    /// What to do about it.
+    #[must_use]
+    pub fn remedy(&self) -> &'static str {
+        match self {
+            Self::NoDevice(_) => {
+                "load kvm_intel or kvm_amd and switch virtualization on in the firmware; in a container, pass the host's in"
+            }
+            Self::Permission(_) => "run as root or as a member of the device's group, kvm",
+            Self::NotKvm => {
+                "remove it and load kvm_intel or kvm_amd, which make it; in a container, pass the host's in"
+            }
+            Self::Busy(_) => "end the other hypervisor (VirtualBox, VMware, ...) or unload its modules",
+            Self::Open(_) | Self::Version(_) | Self::Guest(_) => "the kernel's log (dmesg) says more about kvm",
+        }
+    }
+
+    fn of_open(error: kvm_ioctls::Error) -> Self {
+        match error.errno() {
+            // A node without a driver is as good as none (open(2)).
+            libc::ENOENT | libc::ENODEV | libc::ENXIO => Self::NoDevice(error.into()),
+            libc::EACCES | libc::EPERM => Self::Permission(error.into()),
+            libc::EISDIR => Self::NotKvm,
+            _ => Self::Open(error.into()),
+        }
+    }
+
+    /// Before Linux 6.12 KVM switches the processor's virtualization on with the first VM, and answers EBUSY where somebody
+    /// else has.
+    fn of_guest(error: kvm_ioctls::Error) -> Self {
+        match error.errno() {
+            libc::EBUSY => Self::Busy(error.into()),
+            _ => Self::Guest(error.into()),
+        }
+    }
+}
+
+/// Whether `/dev/kvm` is KVM; takes microseconds. That guests run is for [`measure`] to say.
+///
+/// # Errors
+/// [`KvmError`] if it is not.
+pub fn present() -> Result<(), KvmError> {
+    open().map(drop)
+}
+
+fn open() -> Result<kvm_ioctls::Kvm, KvmError> {
+    let kvm = kvm_ioctls::Kvm::new().map_err(KvmError::of_open)?;
+    match kvm.get_api_version() {
+        API_VERSION => Ok(kvm),
+        // The ioctl's own error: any file can be opened, and none but KVM's knows this one.
+        -1 => Err(KvmError::NotKvm),
+        other => Err(KvmError::Version(other)),
+    }
 }
 
 /// Runs a test guest for some 20 milliseconds.
@@ -63,19 +135,11 @@ pub enum KvmError {
 /// # Errors
 /// [`KvmError`] if there is no usable KVM.
 pub fn measure() -> Result<Kvm, KvmError> {
-    let kvm = kvm_ioctls::Kvm::new().map_err(|error| match error.errno() {
-        libc::ENOENT | libc::ENODEV | libc::ENXIO => KvmError::NoDevice,
-        libc::EACCES | libc::EPERM => KvmError::Permission,
-        _ => KvmError::Open(error.into()),
-    })?;
-    if kvm.get_api_version() != API_VERSION {
-        return Err(KvmError::Version(kvm.get_api_version()));
-    }
-    let guest = |error: kvm_ioctls::Error| KvmError::Guest(error.into());
-    let vm = kvm.create_vm().map_err(guest)?;
+    let kvm = open()?;
+    let vm = kvm.create_vm().map_err(KvmError::of_guest)?;
     let memory = Page::new().map_err(KvmError::Guest)?;
-    let mut vcpu = counting_guest(&vm, &memory).map_err(guest)?;
-    let instructions_per_second = count(&mut vcpu).map_err(guest)?;
+    let mut vcpu = counting_guest(&vm, &memory).map_err(KvmError::of_guest)?;
+    let instructions_per_second = count(&mut vcpu).map_err(KvmError::of_guest)?;
     let kind = if instructions_per_second < NATIVE_FLOOR {
         KvmKind::Emulated
     } else {
@@ -221,17 +285,33 @@ pub(super) fn check() -> Check {
             ),
             "run Flint on bare metal, on a VM with nested virtualization, or in the emulated host (hack/emulated-host)",
         ),
-        Err(error) => {
-            let remedy = match error {
-                KvmError::NoDevice => "load kvm_intel or kvm_amd, and switch virtualization on in the firmware",
-                KvmError::Permission => "run as root or as a member of the group kvm",
-                KvmError::Open(_) | KvmError::Version(_) | KvmError::Guest(_) => "the kernel's log (dmesg) says more",
-            };
-            let mut found = error.to_string();
-            if let KvmError::Open(source) = &error {
-                found = format!("{found}: {source}");
-            }
-            Check::missing(NAME, found, remedy)
+        Err(error) => Check::missing(NAME, error.to_string(), error.remedy()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn error(errno: i32) -> kvm_ioctls::Error {
+        kvm_ioctls::Error::new(errno)
+    }
+
+    #[test]
+    fn each_way_of_not_having_kvm_is_told_apart_with_what_to_do() {
+        let told = [
+            (KvmError::of_open(error(libc::ENOENT)), "no KVM", "kvm_intel"),
+            (KvmError::of_open(error(libc::ENXIO)), "no KVM", "firmware"),
+            (KvmError::of_open(error(libc::EACCES)), "this user", "group"),
+            (KvmError::of_open(error(libc::EISDIR)), "not KVM's device", "remove it"),
+            (KvmError::of_open(error(libc::EMFILE)), "Too many open files", "dmesg"),
+            (KvmError::of_guest(error(libc::EBUSY)), "busy", "VirtualBox"),
+            (KvmError::of_guest(error(libc::ENOMEM)), "allocate", "dmesg"),
+        ];
+        for (error, found, remedy) in told {
+            assert!(error.to_string().contains("/dev/kvm"), "{error}");
+            assert!(error.to_string().contains(found), "{error}");
+            assert!(error.remedy().contains(remedy), "{error}: {}", error.remedy());
         }
     }
 }

@@ -8,7 +8,7 @@
 mod kernel;
 mod kvm;
 
-pub use kvm::{Kvm, KvmError, KvmKind, measure};
+pub use kvm::{Kvm, KvmError, KvmKind, measure, present};
 
 /// How a check came out.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -47,7 +47,8 @@ pub struct Check {
 }
 
 impl Check {
-    fn good(name: &'static str, found: impl Into<String>) -> Self {
+    /// A check that came out well.
+    pub fn good(name: &'static str, found: impl Into<String>) -> Self {
         Self {
             name,
             verdict: Verdict::Good,
@@ -56,7 +57,8 @@ impl Check {
         }
     }
 
-    fn limited(name: &'static str, found: impl Into<String>, remedy: impl Into<String>) -> Self {
+    /// A check that found less than there should be, with what to do about it.
+    pub fn limited(name: &'static str, found: impl Into<String>, remedy: impl Into<String>) -> Self {
         Self {
             name,
             verdict: Verdict::Limited,
@@ -65,7 +67,8 @@ impl Check {
         }
     }
 
-    fn missing(name: &'static str, found: impl Into<String>, remedy: impl Into<String>) -> Self {
+    /// A check that found nothing to work with, with what to do about it.
+    pub fn missing(name: &'static str, found: impl Into<String>, remedy: impl Into<String>) -> Self {
         Self {
             name,
             verdict: Verdict::Missing,

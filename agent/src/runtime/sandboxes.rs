@@ -3,12 +3,14 @@
 use std::{collections::HashSet, os::fd::OwnedFd, sync::Arc};
 
 use flint_api::guest::guest_client::GuestClient;
-use flint_snapshots::images::{DeviceFiles, ImageStore};
+use flint_snapshots::images::{DeviceFiles, ImageStore, InUse};
 use tonic::{async_trait, transport::Channel};
+use tracing::warn;
 
 use crate::{
     backend::{Sandbox, SandboxError, SandboxExit, SandboxPlan, Sandboxes, TakeOver},
     chain,
+    probe::KvmKind,
     sandbox::{self, DiskSource, DiskSpec, Exited, Manager, NetSpec, SandboxSpec, TakenOver},
     timeline::Timeline,
 };
@@ -19,10 +21,10 @@ pub struct MicroVms {
     images: ImageStore,
 }
 
-/// A microVM. What it reads is kept in the store as long as it lives.
+/// A microVM. What it reads is kept in the store as long as this value lives, which the pod's task holds to the end.
 struct MicroVm {
     sandbox: sandbox::Sandbox,
-    _images: Vec<flint_snapshots::images::InUse>,
+    _images: Vec<InUse>,
 }
 
 impl MicroVms {
@@ -38,10 +40,43 @@ impl MicroVms {
         let device = self.images.device(parsed).await;
         device.map_err(|error| SandboxError(format!("opening image {digest}: {}", chain(&error))))
     }
+
+    /// Keeps the images of a sandbox that was found running. One that is gone from the store, which takes a hand from
+    /// outside, costs the sandbox nothing: its VMM has the files open.
+    async fn hold(&self, sandbox: &sandbox::Sandbox) -> Vec<InUse> {
+        let mut guards = Vec::new();
+        for name in sandbox.images() {
+            let Ok(digest) = name.parse() else {
+                warn!(
+                    sandbox = sandbox.id(),
+                    image = name,
+                    "the sandbox reads an image without a digest"
+                );
+                continue;
+            };
+            match self.images.hold(digest).await {
+                Ok(guard) => guards.push(guard),
+                Err(error) => {
+                    warn!(
+                        sandbox = sandbox.id(),
+                        image = name,
+                        error = chain(&error),
+                        "an image in use is not in the store"
+                    );
+                }
+            }
+        }
+        guards
+    }
 }
 
 #[async_trait]
 impl Sandboxes for MicroVms {
+    async fn ready(&self) -> Result<KvmKind, SandboxError> {
+        let ready = self.manager.ready().await;
+        ready.map_err(|error| SandboxError(chain(&error)))
+    }
+
     async fn launch(&self, plan: SandboxPlan, timeline: Timeline) -> Result<Arc<dyn Sandbox>, SandboxError> {
         let mut disks = Vec::new();
         let mut guards = Vec::new();
@@ -51,6 +86,7 @@ impl Sandboxes for MicroVms {
             disks.push(DiskSpec {
                 serial: format!("image-{number}"),
                 source: DiskSource::Image {
+                    name: digest.clone(),
                     table: Arc::new(OwnedFd::from(table)),
                     packs: packs.into_iter().map(|pack| Arc::new(OwnedFd::from(pack))).collect(),
                 },
@@ -97,10 +133,10 @@ impl Sandboxes for MicroVms {
             .await
             .map_err(|error| SandboxError(chain(&error)))?
         {
-            TakenOver::Running(sandbox) => Ok(TakeOver::Running(Arc::new(MicroVm {
-                sandbox,
-                _images: Vec::new(),
-            }))),
+            TakenOver::Running(sandbox) => {
+                let _images = self.hold(&sandbox).await;
+                Ok(TakeOver::Running(Arc::new(MicroVm { sandbox, _images })))
+            }
             TakenOver::Ended(exited) => Ok(TakeOver::Ended(exit(exited))),
         }
     }

@@ -32,6 +32,9 @@ pub(super) struct Intent {
     pub uid: u32,
     /// Its address, if it has a network.
     pub address: Option<Ipv4Addr>,
+    /// Names of the images that it reads, which must not be removed meanwhile.
+    #[serde(default)]
+    pub images: Vec<String>,
 }
 
 /// A sandbox's folder.
@@ -108,6 +111,7 @@ mod tests {
             id: "a".into(),
             uid: 70000,
             address: Some(Ipv4Addr::new(10, 88, 0, 2)),
+            images: vec!["sha256:1".into()],
         };
         let folder = Folder::create(run.path(), &intent).unwrap();
         assert_eq!(folder.intent().unwrap(), Some(intent.clone()));

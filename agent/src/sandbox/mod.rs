@@ -7,7 +7,9 @@
 //!                                   tap bound                          then removes what the sandbox held
 //! ```
 //!
-//! - [`manager`]: launches; finds those of an earlier flintd and takes them over.
+//! - [`manager`]: launches.
+//! - [`takeover`]: finds the sandboxes of an earlier flintd and takes them over.
+//! - [`supplies`]: KVM, VMM, kernel and initrd: whether they are there, and what to do if not.
 //! - [`shell`]: the steps of a start, as types.
 //! - [`control`], [`packet`]: the VMM control protocol.
 //! - [`supervisor`]: one task for each sandbox; says why it ended.
@@ -21,6 +23,8 @@ mod manager;
 mod packet;
 mod shell;
 mod supervisor;
+mod supplies;
+mod takeover;
 mod uids;
 
 use std::{collections::HashMap, io, net::Ipv4Addr, os::fd::OwnedFd, path::PathBuf, sync::Arc, time::Duration};
@@ -34,7 +38,7 @@ use tokio::sync::watch;
 use tonic::transport::Channel;
 
 pub use self::manager::{Config, Manager};
-use crate::{cgroup::CgroupError, network::NetworkError, process::SpawnError, scratch::ScratchError};
+use crate::{cgroup::CgroupError, network::NetworkError, probe::KvmError, process::SpawnError, scratch::ScratchError};
 
 /// What a sandbox is to be made of.
 #[derive(Clone, Debug)]
@@ -71,6 +75,8 @@ pub struct DiskSpec {
 pub enum DiskSource {
     /// An image: its device table, and its pack files in the order that the table names them.
     Image {
+        /// What whoever keeps images calls it; a sandbox that is taken over still knows it.
+        name: String,
         /// The device table.
         table: Arc<OwnedFd>,
         /// At most 63.
@@ -136,6 +142,7 @@ pub struct Sandbox(Arc<Inner>);
 struct Inner {
     id: String,
     address: Option<Ipv4Addr>,
+    images: Vec<String>,
     control: control::Control,
     guest: Channel,
     end: supervisor::End,
@@ -150,6 +157,11 @@ impl Sandbox {
     /// Its addresses on the pod network.
     pub fn addresses(&self) -> Vec<Ipv4Addr> {
         self.0.address.into_iter().collect()
+    }
+
+    /// Names of the images that it reads.
+    pub fn images(&self) -> &[String] {
+        &self.0.images
     }
 
     /// A client of its guest; cheap, and reconnects by itself.
@@ -188,6 +200,13 @@ pub enum SandboxError {
         id: String,
         /// What is wrong with it.
         what: String,
+    },
+    /// There is no KVM to run a guest on.
+    #[error("{error}; {}", .error.remedy())]
+    Kvm {
+        /// Why.
+        #[from]
+        error: KvmError,
     },
     /// A file that flintd was told to use cannot be used.
     #[error("cannot use the {role} {path}: {advice}")]
@@ -258,4 +277,9 @@ pub enum SandboxError {
 pub(crate) fn file_error(action: &'static str, path: impl Into<PathBuf>) -> impl FnOnce(io::Error) -> SandboxError {
     let path = path.into();
     move |source| SandboxError::File { action, path, source }
+}
+
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T, SandboxError> {
+    // It fails only while the runtime is shutting down.
+    tokio::task::spawn_blocking(work).await.map_err(|_| SandboxError::Died)
 }

@@ -1,6 +1,9 @@
 //! A host for tests of sandboxes: a network namespace, folders and a cgroup of its own, the real flint-vmm, and an audit at
 //! the end that nothing was left behind.
 
+// The assembler of tiny guests has its home with those who use most of it.
+#[allow(dead_code, reason = "each test program uses a part")]
+#[path = "../../../vmm/tests/common/guest.rs"]
 pub mod guest;
 
 use std::{
@@ -197,7 +200,18 @@ pub fn signal(pid: Pid, signal: Signal) {
 
 /// Blocks until a file, whose folders may be missing too, contains a text.
 pub fn wait_for(file: &Path, text: &str) {
-    let has = || fs::read_to_string(file).is_ok_and(|content| content.contains(text));
+    wait_until(file, || {
+        fs::read_to_string(file).is_ok_and(|content| content.contains(text))
+    });
+}
+
+/// Blocks until a file is there.
+pub fn wait_there(file: &Path) {
+    wait_until(file, || file.symlink_metadata().is_ok());
+}
+
+/// Blocks until something holds that changes with a file or the folders that it is to be in.
+fn wait_until(file: &Path, has: impl Fn() -> bool) {
     while !has() {
         let watch = Inotify::init(InitFlags::IN_CLOEXEC).unwrap();
         let there = file.ancestors().skip(1).find(|folder| folder.exists()).unwrap();

@@ -294,6 +294,9 @@ impl ScriptedSandboxes {
 
 #[async_trait]
 impl Sandboxes for ScriptedSandboxes {
+    async fn ready(&self) -> Result<crate::probe::KvmKind, SandboxError> {
+        Ok(crate::probe::KvmKind::Native)
+    }
     async fn launch(&self, plan: SandboxPlan, timeline: Timeline) -> Result<Arc<dyn Sandbox>, SandboxError> {
         timeline.mark("vmm.boot");
         self.plans.lock().unwrap().push(plan);

@@ -1,17 +1,14 @@
 //! The connection to flintd, and pods by the names that people use.
 
-use std::io::ErrorKind;
-use std::path::{Path, PathBuf};
-
+use flint_api::host::host_client::HostClient;
 use flint_api::host::images_client::ImagesClient;
 use flint_api::host::pods_client::PodsClient;
 use flint_api::host::streams_client::StreamsClient;
 use flint_api::host::{ListPodsRequest, Pod, PodMeta};
-use hyper_util::rt::TokioIo;
-use tokio::net::UnixStream;
-use tonic::transport::{Channel, Endpoint, Uri};
+use tonic::transport::Channel;
 
 use crate::failure::Failure;
+use crate::target::Target;
 
 /// Largest message taken from flintd: a list of thousands of pods fits.
 const MAX_MESSAGE: usize = 64 << 20;
@@ -23,20 +20,14 @@ pub struct Client {
 }
 
 impl Client {
-    pub async fn connect(socket: &Path) -> Result<Self, Failure> {
-        let path = socket.to_owned();
-        let connector = tower::service_fn(move |_: Uri| {
-            let path = path.clone();
-            async move { UnixStream::connect(path).await.map(TokioIo::new) }
-        });
-        // The URI is never resolved: the connector above knows where to go.
-        let channel = Endpoint::from_static("http://flintd")
-            .connect_with_connector(connector)
-            .await;
-        match channel {
-            Ok(channel) => Ok(Self { channel }),
-            Err(_) => Err(unreachable_daemon(socket).await),
-        }
+    pub async fn connect(target: &Target) -> Result<Self, Failure> {
+        Ok(Self {
+            channel: target.connect().await?,
+        })
+    }
+
+    pub fn host(&self) -> HostClient<Channel> {
+        HostClient::new(self.channel.clone())
     }
 
     pub fn pods(&self) -> PodsClient<Channel> {
@@ -55,23 +46,6 @@ impl Client {
     pub async fn pod(&self, name: &str) -> Result<Pod, Failure> {
         let pods = self.pods().list_pods(ListPodsRequest {}).await?.into_inner().pods;
         find(pods, name)
-    }
-}
-
-/// Says why the daemon cannot be reached; the transport's own error does not.
-async fn unreachable_daemon(socket: &Path) -> Failure {
-    let path = PathBuf::from(socket);
-    let failure = |why: &str| Failure::new(format!("cannot reach flintd at {}: {why}", path.display()));
-    match UnixStream::connect(&path).await {
-        Err(error) if error.kind() == ErrorKind::NotFound => failure("there is no such socket")
-            .hint("start the daemon (`flintd`, as root), or name its socket with --socket or FLINT_SOCKET"),
-        Err(error) if error.kind() == ErrorKind::ConnectionRefused => failure("nobody listens there")
-            .hint("flintd has ended; start it again: its pods go on running and it finds them"),
-        Err(error) if error.kind() == ErrorKind::PermissionDenied => {
-            failure("permission denied").hint("run as root or as a member of flintd's socket group")
-        }
-        Err(error) => failure(&error.to_string()),
-        Ok(_) => failure("it accepts connections and does not speak gRPC").hint("is another program on that socket?"),
     }
 }
 

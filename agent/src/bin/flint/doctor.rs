@@ -1,9 +1,11 @@
-//! `doctor`: what this host can do. It needs no flintd.
+//! `doctor`: what this host can do. It needs no flintd, and asks one that is there.
 
 use clap::Args;
+use flint_api::host::GetHostRequest;
 use flintd::probe::{self, Check, Verdict};
 use serde_json::json;
 
+use crate::client::Client;
 use crate::failure::Failure;
 use crate::output::{self, Format};
 
@@ -14,13 +16,37 @@ use crate::output::{self, Format};
 pub struct Doctor {}
 
 impl Doctor {
-    pub fn execute(self, format: Format) -> Result<u8, Failure> {
-        let checks = probe::all();
+    pub async fn execute(self, client: Result<Client, Failure>, format: Format) -> Result<u8, Failure> {
+        let mut checks = probe::all();
+        checks.push(flintd(client).await);
         match format {
             Format::Json => output::print_line(&to_json(&checks).to_string())?,
             Format::Text => checks.iter().try_for_each(print)?,
         }
         Ok(u8::from(checks.iter().any(|check| check.verdict == Verdict::Missing)))
+    }
+}
+
+/// What flintd itself says: it may see another `/dev/kvm` than this program, and it alone knows its kernel.
+async fn flintd(client: Result<Client, Failure>) -> Check {
+    const NAME: &str = "flintd";
+    const REMEDY: &str = "put that right; flintd goes on as it is";
+    let answer = match client {
+        Ok(client) => client.host().get_host(GetHostRequest {}).await.map_err(Failure::from),
+        Err(failure) => Err(failure),
+    };
+    match answer.map(tonic::Response::into_inner) {
+        Ok(host) if host.not_ready.is_empty() => {
+            Check::good(NAME, format!("version {} answers and can start pods", host.version))
+        }
+        Ok(host) => {
+            let (found, remedy) = host.not_ready.rsplit_once("; ").unwrap_or((&host.not_ready, REMEDY));
+            Check::missing(NAME, format!("it answers, and cannot start pods: {found}"), remedy)
+        }
+        Err(failure) => {
+            let (found, remedy) = failure.into_parts();
+            Check::limited(NAME, found, remedy.unwrap_or_else(|| "see flintd's log".into()))
+        }
     }
 }
 

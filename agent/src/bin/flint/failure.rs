@@ -24,13 +24,7 @@ impl Failure {
 
     /// An error of this machine, met while doing `what`.
     pub fn local(what: &str, error: impl std::error::Error) -> Self {
-        let mut message = format!("cannot {what}: {error}");
-        let mut source = error.source();
-        while let Some(cause) = source {
-            let _ = write!(message, ": {cause}");
-            source = cause.source();
-        }
-        Self::new(message)
+        Self::new(format!("cannot {what}: {}", flintd::chain(&error)))
     }
 
     /// What to do next.
@@ -38,6 +32,11 @@ impl Failure {
     pub fn hint(mut self, hint: impl Into<String>) -> Self {
         self.hint = Some(hint.into());
         self
+    }
+
+    /// What went wrong, and what to do next.
+    pub fn into_parts(self) -> (String, Option<String>) {
+        (self.message, self.hint)
     }
 
     /// Prints it on stderr, and is the exit code.
@@ -64,7 +63,11 @@ impl From<Status> for Failure {
                 let _ = write!(message, "\n  {}: {}", violation.field, violation.description);
             }
         }
+        let reason = details.error_info().map(|info| info.reason.as_str());
         let hint = match status.code() {
+            Code::FailedPrecondition if reason == Some("HOST_NOT_READY") => {
+                Some("`flint doctor` says more; once it is put right, try again: flintd goes on as it is")
+            }
             Code::Unavailable => Some("is flintd still running? `systemctl status flintd` or its log says"),
             Code::PermissionDenied => Some("run as root or as a member of flintd's socket group"),
             Code::ResourceExhausted => Some("`flint ps` shows what runs; stop something or ask for less"),

@@ -3,6 +3,7 @@
 //! ```text
 //! main      the command line and its exit codes
 //! client    the connection to flintd, and pods by name
+//! target    which flintd: by unix socket, or by mutual TLS
 //! failure   what went wrong, said for a person, with the next step
 //! output    tables, protobuf JSON, durations
 //! terminal  raw mode and window sizes
@@ -19,11 +20,11 @@ mod logs;
 mod output;
 mod pods;
 mod run;
+mod target;
 mod terminal;
 mod timeline;
 
 use std::io;
-use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser, Subcommand};
@@ -33,20 +34,13 @@ use output::Format;
 
 /// Run container pods in microVMs on this host.
 ///
-/// flint talks to flintd, the host agent, over its unix socket. Pods are named NAME, NAMESPACE/NAME, or by their uid or
+/// flint talks to flintd, the host agent, over its unix socket, or over the network with --host. Pods are named NAME, NAMESPACE/NAME, or by their uid or
 /// the beginning of it.
 #[derive(Debug, Parser)]
 #[command(name = "flint", version, after_help = EXIT_CODES, arg_required_else_help = true)]
 struct Flint {
-    /// Socket of flintd.
-    #[arg(
-        long,
-        global = true,
-        env = "FLINT_SOCKET",
-        default_value = "/run/flint/flintd.sock",
-        value_name = "PATH"
-    )]
-    socket: PathBuf,
+    #[command(flatten)]
+    target: target::Target,
 
     /// Print JSON (the API's own messages) instead of tables.
     #[arg(long, global = true)]
@@ -123,8 +117,8 @@ fn main() -> ExitCode {
 }
 
 async fn dispatch(flint: Flint, format: Format) -> Result<u8, Failure> {
-    let socket = flint.socket;
-    let connect = || client::Client::connect(&socket);
+    let target = flint.target;
+    let connect = || client::Client::connect(&target);
     match flint.command {
         Command::Run(run) => run.execute(connect().await?, format).await,
         Command::Apply(apply) => apply.execute(connect().await?, format).await,
@@ -136,7 +130,7 @@ async fn dispatch(flint: Flint, format: Format) -> Result<u8, Failure> {
         Command::Timeline(timeline) => timeline.execute(connect().await?, format).await,
         Command::Images(images) => images.execute(connect().await?, format).await,
         Command::Pull(pull) => pull.execute(connect().await?, format).await,
-        Command::Doctor(doctor) => doctor.execute(format),
+        Command::Doctor(doctor) => doctor.execute(connect().await, format).await,
         Command::Completion { shell } => {
             clap_complete::generate(shell, &mut Flint::command(), "flint", &mut io::stdout());
             Ok(0)

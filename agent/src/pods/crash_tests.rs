@@ -1,0 +1,321 @@
+//! flintd killed at every commit of its journal and at random instants, while a pod begins, runs, ends and is forgotten.
+//!
+//! A world of scripted sandboxes outlives each flintd; a disk in memory keeps what was written. A kill freezes both: no write
+//! and no call of the killed flintd has any effect from that moment on. The next one gets the same disk and the same world,
+//! and the client goes on as a client does that had no answer: it asks for the same again.
+//!
+//! The world takes a launch to last until the disk has the record that names the sandbox. Real launches do, by two orders of
+//! magnitude.
+
+use std::{
+    io,
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
+
+use tokio::sync::watch;
+
+use super::{crash_world::World, *};
+use crate::store::Store;
+
+/// A flintd's life, until it is killed.
+#[derive(Clone, Debug)]
+pub(super) struct Life(Arc<watch::Sender<bool>>);
+
+impl Life {
+    fn new() -> Self {
+        Self(Arc::new(watch::Sender::new(false)))
+    }
+
+    fn kill(&self) {
+        self.0.send_replace(true);
+    }
+
+    fn is_over(&self) -> bool {
+        *self.0.borrow()
+    }
+
+    async fn over(&self) {
+        // The sender is this very value.
+        let _ = self.0.subscribe().wait_for(|over| *over).await;
+    }
+
+    /// Never comes back to one who is dead.
+    pub(super) async fn gate(&self) {
+        if self.is_over() {
+            std::future::pending::<()>().await;
+        }
+    }
+}
+
+/// What the disk holds; a kill of the process loses nothing that was written.
+type Image = Arc<Mutex<Vec<u8>>>;
+
+/// Kills its flintd at its nth write or sync.
+#[derive(Debug)]
+struct Disk {
+    image: Image,
+    life: Life,
+    done: Arc<AtomicUsize>,
+    most: usize,
+}
+
+impl Disk {
+    fn operation(&self) -> io::Result<()> {
+        if self.done.fetch_add(1, Ordering::SeqCst) >= self.most {
+            self.life.kill();
+        }
+        if self.life.is_over() {
+            return Err(io::Error::other("flintd was killed"));
+        }
+        Ok(())
+    }
+}
+
+impl redb::StorageBackend for Disk {
+    fn len(&self) -> Result<u64, io::Error> {
+        Ok(self.image.lock().unwrap().len() as u64)
+    }
+    fn read(&self, offset: u64, out: &mut [u8]) -> Result<(), io::Error> {
+        let image = self.image.lock().unwrap();
+        let start = usize::try_from(offset).unwrap();
+        let bytes = image.get(start..start + out.len());
+        out.copy_from_slice(bytes.ok_or_else(|| io::Error::other("beyond the end"))?);
+        Ok(())
+    }
+    fn set_len(&self, len: u64) -> Result<(), io::Error> {
+        self.operation()?;
+        self.image.lock().unwrap().resize(usize::try_from(len).unwrap(), 0);
+        Ok(())
+    }
+    fn sync_data(&self) -> Result<(), io::Error> {
+        self.operation()
+    }
+    fn write(&self, offset: u64, data: &[u8]) -> Result<(), io::Error> {
+        self.operation()?;
+        let start = usize::try_from(offset).unwrap();
+        self.image.lock().unwrap()[start..start + data.len()].copy_from_slice(data);
+        Ok(())
+    }
+}
+
+/// How the pod is to end.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Course {
+    ByItself,
+    Terminated,
+}
+
+/// What the client has had an answer to.
+#[derive(Debug, Default)]
+struct Client {
+    end: Option<host::pod_status::Phase>,
+    forgotten: bool,
+}
+
+impl Client {
+    /// Everything from the first wish to the last, as far as it is not done yet.
+    async fn drive(&mut self, world: &World, pods: &Pods, course: Course) -> Result<(), PodError> {
+        if self.end.is_none() {
+            pods.apply(meta(), spec(), host::PodMaterials::default(), false).await?;
+            let running = until(pods, |status| {
+                has_ended_as(status).is_some()
+                    || matches!(
+                        status.containers[0].state,
+                        Some(host::container_status::State::Running(_))
+                    )
+            });
+            running.await;
+            match course {
+                Course::ByItself => world.finish(),
+                Course::Terminated => pods.terminate("u", Some(Duration::from_secs(5))).await?,
+            }
+            until(pods, |status| has_ended_as(status).is_some()).await;
+            self.end = has_ended_as(&pods.get("u")?.status.unwrap());
+        }
+        match pods.forget("u").await {
+            // The earlier call was done, and its answer lost.
+            Ok(()) | Err(PodError::NotFound(_)) => self.forgotten = true,
+            Err(error) => return Err(error),
+        }
+        Ok(())
+    }
+}
+
+fn has_ended_as(status: &host::PodStatus) -> Option<host::pod_status::Phase> {
+    use host::pod_status::Phase;
+    Some(status.phase()).filter(|phase| matches!(phase, Phase::Succeeded | Phase::Failed))
+}
+
+async fn until(pods: &Pods, condition: impl Fn(&host::PodStatus) -> bool) {
+    let journal = &pods.context.journal;
+    let (_, revision) = journal.list();
+    let mut watcher = journal.watch(revision).unwrap();
+    while !pods
+        .get("u")
+        .is_ok_and(|pod| pod.status.as_ref().is_some_and(&condition))
+    {
+        watcher.next().await.unwrap();
+    }
+}
+
+fn meta() -> host::PodMeta {
+    host::PodMeta {
+        uid: "u".into(),
+        namespace: "default".into(),
+        name: "web".into(),
+        generation: 1,
+        ..Default::default()
+    }
+}
+
+fn spec() -> host::PodSpec {
+    host::PodSpec {
+        containers: vec![host::Container {
+            name: "web".into(),
+            image: "busybox".into(),
+            ..Default::default()
+        }],
+        restart_policy: host::RestartPolicy::Never.into(),
+        ..Default::default()
+    }
+}
+
+fn context(world: &World, life: &Life, journal: Journal, logs: &std::path::Path) -> Context {
+    let amounts = host::Amounts {
+        cpu_milli: 2000,
+        memory_bytes: 1 << 30,
+        scratch_bytes: 0,
+        pods: 1,
+    };
+    Context {
+        sandboxes: Arc::new(world.seen_by(life.clone(), journal.clone())),
+        images: Arc::new(world.seen_by(life.clone(), journal.clone())),
+        journal,
+        logs: Arc::new(Logs::new(logs.to_owned())),
+        metrics: Arc::new(Metrics::new()),
+        ledger: Ledger::new(amounts),
+        sizing: Sizing {
+            overhead_bytes: 64 << 20,
+            default_memory_bytes: 256 << 20,
+            default_scratch_bytes: 1 << 20,
+            host_cpus: 2,
+        },
+        host_changed: watch::Sender::new(0),
+    }
+}
+
+/// One flintd over the disk and the world, killed at an operation of its disk. Says how many there were.
+fn live(
+    world: &World,
+    image: &Image,
+    logs: &std::path::Path,
+    client: &mut Client,
+    course: Course,
+    most: usize,
+) -> usize {
+    let life = Life::new();
+    let done = Arc::new(AtomicUsize::new(0));
+    let disk = Disk {
+        image: image.clone(),
+        life: life.clone(),
+        done: done.clone(),
+        most,
+    };
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
+        .unwrap();
+    // A flintd that is killed while it opens its state never was.
+    if let Ok(store) = Store::with_backend(disk)
+        && let Ok(loaded) = store.load()
+    {
+        let (journal, thread) = Journal::start(store, &loaded).unwrap();
+        runtime.block_on(async {
+            let driven = async {
+                let pods = Pods::start(Arc::new(context(world, &life, journal, logs)), loaded).await;
+                match client.drive(world, &pods, course).await {
+                    // What is refused because of the kill counts as not answered.
+                    Err(PodError::Store(_)) => life.over().await,
+                    other => other.unwrap(),
+                }
+            };
+            tokio::select! {
+                biased;
+                () = life.over() => {}
+                driven = tokio::time::timeout(Duration::from_secs(30), driven) => driven.expect("no flintd hangs"),
+            }
+        });
+        life.kill();
+        runtime.shutdown_timeout(Duration::from_secs(10));
+        thread.join().unwrap();
+    }
+    done.load(Ordering::SeqCst)
+}
+
+/// A whole story with kills at these operations of the successive flintds; the last one is left alone.
+fn story(course: Course, kills: &[usize]) -> usize {
+    let outer = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(1)
+        .enable_all()
+        .build()
+        .unwrap();
+    let world = World::new(outer.handle().clone());
+    let (image, folder, mut client) = (Image::default(), tempfile::tempdir().unwrap(), Client::default());
+    // The file is made whole, or under another name; see `store`.
+    let first = Disk {
+        image: image.clone(),
+        life: Life::new(),
+        done: Arc::default(),
+        most: usize::MAX,
+    };
+    drop(Store::with_backend(first).unwrap());
+    let mut operations = 0;
+    for most in kills.iter().copied().chain([usize::MAX]) {
+        operations = live(&world, &image, folder.path(), &mut client, course, most);
+    }
+    assert!(client.forgotten, "{kills:?}: {client:?}");
+    let phase = match course {
+        Course::ByItself => host::pod_status::Phase::Succeeded,
+        Course::Terminated => host::pod_status::Phase::Failed,
+    };
+    assert_eq!(client.end, Some(phase), "{kills:?}: {world:?}");
+    world.assert_clean(&format!("{course:?} killed at {kills:?}"));
+    let logs: Vec<_> =
+        std::fs::read_dir(folder.path()).map_or_else(|_| Vec::new(), |entries| entries.flatten().collect());
+    assert!(logs.is_empty(), "{kills:?}: logs of a forgotten pod: {logs:?}");
+    operations
+}
+
+fn at_every_operation(course: Course) {
+    let operations = story(course, &[]);
+    assert!(operations > 20, "{operations}");
+    for kill in 0..operations {
+        story(course, &[kill]);
+    }
+}
+
+#[test]
+fn a_pod_that_ends_by_itself_does_so_once_wherever_flintd_is_killed() {
+    at_every_operation(Course::ByItself);
+}
+
+#[test]
+fn a_pod_that_is_terminated_ends_wherever_flintd_is_killed() {
+    at_every_operation(Course::Terminated);
+}
+
+#[test]
+fn a_pod_survives_flintds_that_are_killed_one_after_the_other() {
+    let seed = fastrand::u64(..);
+    println!("seed {seed}");
+    let mut random = fastrand::Rng::with_seed(seed);
+    for _ in 0..20 {
+        let kills: Vec<_> = (0..random.usize(2..6)).map(|_| random.usize(..60)).collect();
+        story(Course::ByItself, &kills);
+    }
+}
