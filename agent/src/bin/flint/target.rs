@@ -1,5 +1,6 @@
 //! Which flintd to talk to: this host's by its unix socket, or another one's by mutual TLS.
 
+use std::error::Error;
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -7,7 +8,6 @@ use std::time::Duration;
 use clap::Args;
 use hyper_util::rt::TokioIo;
 use tokio::net::UnixStream;
-use tonic::Status;
 use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity, Uri};
 use tonic_health::pb::{HealthCheckRequest, health_client::HealthClient};
 
@@ -15,6 +15,9 @@ use crate::failure::Failure;
 
 /// Longest wait for a connection over the network.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+/// What to do where the host did not like what it was shown.
+const REFUSED: &str = "it did not take the certificate of --tls-cert, which must be valid today, made for clients, and signed by the CA of \
+                       flintd's --tls-client-ca";
 
 #[derive(Debug, Args)]
 pub struct Target {
@@ -55,9 +58,8 @@ impl Target {
     }
 
     async fn connect_tls(&self, host: &str) -> Result<Channel, Failure> {
-        let failed = |error: &dyn std::error::Error| {
-            Failure::new(format!("cannot reach flintd at {host}: {}", flintd::chain(error))).hint(advice(error))
-        };
+        let failure = |why: &str| Failure::new(format!("cannot reach flintd at {host}: {why}"));
+        let failed = |error: &dyn Error| failure(&flintd::chain(error)).hint(advice(error));
         let endpoint = Endpoint::from_shared(format!("https://{host}"))
             .map_err(|_| Failure::new(format!("{host:?} is no NAME:PORT")).hint("for example --host flint-3.lan:7443"))?
             .tls_config(self.tls()?)
@@ -67,7 +69,10 @@ impl Target {
         // In TLS 1.3 a client learns only by the first answer whether its certificate was taken (RFC 8446, 4.4.2.4).
         let mut health = HealthClient::new(channel.clone());
         match health.check(HealthCheckRequest::default()).await {
-            Err(status) if is_transport(&status) => Err(failed(&status)),
+            // No server has sent a status that has a source.
+            Err(status) if status.source().is_some() => {
+                Err(failure("it closed the connection after the TLS handshake").hint(REFUSED))
+            }
             _ => Ok(channel),
         }
     }
@@ -86,19 +91,12 @@ impl Target {
     }
 }
 
-/// A status that no server has sent has a source.
-fn is_transport(status: &Status) -> bool {
-    std::error::Error::source(status).is_some()
-}
-
-/// What to do about a connection that TLS did not let through. An alert is the other side's word (RFC 8446, 6); without one
-/// it is this side that did not like what it saw.
-fn advice(error: &dyn std::error::Error) -> &'static str {
+/// What to do about a connection that did not come about.
+fn advice(error: &dyn Error) -> &'static str {
     let text = flintd::chain(error);
     let has = |word: &str| text.contains(word);
-    if has("fatal alert") || has("reset") || has("broken pipe") {
-        "flintd did not take the client's certificate: it must be valid today, made for clients, and signed by the CA of \
-         flintd's --tls-client-ca"
+    if has("fatal alert") {
+        REFUSED
     } else if has("certificate") {
         "the host's certificate must be signed by the CA of --tls-ca, and be made for the name or address in --host"
     } else if has("PEM") || has("key") {
