@@ -3,6 +3,10 @@
 
 mod host;
 
+use std::fs;
+
+use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
+
 use host::{Host, busybox, image, kill};
 
 const NEVER: &str = "  restartPolicy: Never\n";
@@ -139,9 +143,10 @@ fn a_flood_of_output_is_bounded_and_complete_at_its_end() {
 }
 
 #[test]
-fn a_guest_that_spins_can_be_stopped() {
+fn a_guest_that_spins_on_all_its_cpus_can_be_stopped() {
     let host = Host::start();
-    host.start_pod("spins", "while :; do :; done", NEVER);
+    let both = format!("    resources: {{limits: {{cpu: 2}}}}\n{NEVER}");
+    host.start_pod("spins", "while :; do :; done & while :; do :; done", &both);
 
     host.ok(["stop", "-t", "1", "spins"]);
 
@@ -149,6 +154,58 @@ fn a_guest_that_spins_can_be_stopped() {
         host.pod("spins")["status"]["containers"][0]["terminated"]["exitCode"],
         137
     );
+}
+
+/// Waits until the folder of some sandbox has a file of this name.
+fn until_a_sandbox_has(host: &Host, name: &str) {
+    let sandboxes = host.path("run/sandboxes");
+    let news = AddWatchFlags::IN_CREATE | AddWatchFlags::IN_MOVED_TO;
+    loop {
+        let watch = Inotify::init(InitFlags::IN_CLOEXEC).expect("inotify");
+        watch.add_watch(&sandboxes, news).expect("inotify");
+        let folders: Vec<_> = fs::read_dir(&sandboxes)
+            .expect("the folder of sandboxes")
+            .flatten()
+            .map(|entry| entry.path())
+            .collect();
+        for folder in &folders {
+            // Gone again meanwhile, as one of an earlier flintd is.
+            let _ = watch.add_watch(folder, news);
+        }
+        if folders.iter().any(|folder| folder.join(name).exists()) {
+            return;
+        }
+        watch.read_events().expect("inotify");
+    }
+}
+
+#[test]
+fn a_pod_survives_flintds_that_are_killed_while_it_starts_and_runs_once() {
+    let mut host = Host::start();
+    let manifest = host.path("once.yaml");
+    let image = busybox();
+    let yaml = format!(
+        "apiVersion: v1\nkind: Pod\nmetadata: {{name: once}}\nspec:\n  restartPolicy: Never\n  containers:\n  - name: main\n    \
+         image: {image}\n    command: [sh, -c, 'echo once; sleep 2; exit 5']\n"
+    );
+    fs::write(&manifest, yaml).unwrap();
+
+    host.ok(["apply", "-f", manifest.to_str().unwrap()]);
+    // Just accepted; a VMM was made; the guest booted; the container runs.
+    for file in [None, Some("vmm.log"), Some("ready")] {
+        if let Some(file) = file {
+            until_a_sandbox_has(&host, file);
+        }
+        host.kill_daemon();
+        host.start_daemon();
+    }
+    let log = host.ok(["logs", "-f", "once"]);
+
+    assert_eq!(log, "once\n");
+    let pod = host.pod("once");
+    let container = &pod["status"]["containers"][0];
+    assert_eq!(container["terminated"]["exitCode"], 5, "{pod}");
+    assert_eq!(container["restartCount"], 0, "{pod}");
 }
 
 #[test]

@@ -48,10 +48,13 @@ fn a_program_that_cannot_be_started_says_why() {
 
     let missing = host.flint(["run", "--rm", &busybox(), "--", "/bin/nope"]);
     let folder = host.flint(["run", "--rm", &busybox(), "--", "/etc"]);
+    let no_program = host.flint(["run", "--rm", &busybox(), "--", "/etc/hosts"]);
 
     assert_eq!(missing.code, 127, "{missing:?}");
     assert!(missing.stderr.contains("/bin/nope"), "{missing:?}");
     assert_eq!(folder.code, 126, "{folder:?}");
+    assert_eq!(no_program.code, 126, "{no_program:?}");
+    assert!(no_program.stderr.contains("/etc/hosts"), "{no_program:?}");
 }
 
 #[test]
@@ -152,6 +155,13 @@ fn exec_takes_input_gives_output_and_the_exit_code() {
         (&b"QUIET\n"[..], &b"done\n"[..])
     );
     assert_eq!(host.flint(["exec", "box", "--", "/bin/nope"]).code, 127);
+    // Of another processor: what an image for another platform has in it (ELF, e_machine AArch64).
+    let foreign = "printf '\\177ELF\\2\\1\\1\\0\\0\\0\\0\\0\\0\\0\\0\\0\\2\\0\\267\\0\\1\\0\\0\\0' > /foreign; head -c 100 /dev/zero >> /foreign; \
+                   chmod +x /foreign";
+    host.ok(["exec", "box", "--", "sh", "-c", foreign]);
+    let foreign = host.flint(["exec", "box", "--", "/foreign"]);
+    assert_eq!(foreign.code, 126, "{foreign:?}");
+    assert!(foreign.stderr.contains("/foreign"), "{foreign:?}");
 }
 
 #[test]
@@ -264,6 +274,8 @@ fn a_killed_flintd_finds_its_pods_again_and_loses_no_output() {
 
     let after = host.ok(["exec", "long", "--", "cat", "/proc/sys/kernel/random/boot_id"]);
     assert_eq!(before, after, "it is the same machine");
+    let refused = host.flint(["images", "rm", &busybox()]);
+    assert!(refused.code == 1 && refused.stderr.contains("in use"), "{refused:?}");
     let mut child = host
         .command(["logs", "-f", "long"])
         .stdout(Stdio::piped())

@@ -332,8 +332,10 @@ impl Guest for InGuest {
             exit_code: 128 + signal,
             ..Default::default()
         };
-        self.change(|all| drop(all.get_mut(&container_id).unwrap().exit.get_or_insert(exit)))
-            .await;
+        self.change(|all| {
+            all.get_mut(&container_id).unwrap().exit.get_or_insert(exit);
+        })
+        .await;
         Ok(Response::new(Default::default()))
     }
     async fn wait_container(&self, request: Request<guest::WaitContainerRequest>) -> Answer<guest::ContainerExit> {

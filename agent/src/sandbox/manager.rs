@@ -94,6 +94,15 @@ pub struct Manager {
     unclaimed: Unclaimed,
 }
 
+/// A start under way.
+struct Begun<'a> {
+    spec: &'a SandboxSpec,
+    supply: &'a Supply,
+    address: Option<Ipv4Addr>,
+    end: &'a End,
+    folder: &'a Folder,
+}
+
 impl Manager {
     /// Takes over what an earlier flintd left: the VMMs that still run are connected, the others are cleaned up. What starts
     /// will need is not looked at here, but by [`ready`](Self::ready) and each launch.
@@ -169,10 +178,14 @@ impl Manager {
         let (end, attach) = supervise(held);
         let guard = end.kill_on_drop();
         let shell = Shell::spawn(plan, attach, timeline);
-        match self
-            .start(&spec, &supply, address, shell, &end, &folder, timeline)
-            .await
-        {
+        let begun = Begun {
+            spec: &spec,
+            supply: &supply,
+            address,
+            end: &end,
+            folder: &folder,
+        };
+        match self.start(&begun, shell, timeline).await {
             Ok(Ready { control, channel }) => {
                 guard.disarm();
                 Ok(Sandbox(Arc::new(Inner {
@@ -229,14 +242,17 @@ impl Manager {
 
     async fn start(
         &self,
-        spec: &SandboxSpec,
-        supply: &Supply,
-        address: Option<Ipv4Addr>,
+        begun: &Begun<'_>,
         shell: impl Future<Output = Result<Shell, SandboxError>>,
-        end: &End,
-        folder: &Folder,
         timeline: &Timeline,
     ) -> Result<Ready, SandboxError> {
+        let Begun {
+            spec,
+            supply,
+            address,
+            end,
+            folder,
+        } = *begun;
         // None of these needs another; the slowest is the VMM's jail.
         let (shell, tap, disks) = tokio::try_join!(shell, self.plug(address), self.open_disks(spec))?;
         let net = match (&spec.net, address, tap) {

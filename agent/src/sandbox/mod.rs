@@ -7,7 +7,7 @@
 //!                                   tap bound                          then removes what the sandbox held
 //! ```
 //!
-//! - [`manager`]: launches.
+//! - [`manager`]: launches sandboxes, hands out those that were taken over.
 //! - [`takeover`]: finds the sandboxes of an earlier flintd and takes them over.
 //! - [`supplies`]: KVM, VMM, kernel and initrd: whether they are there, and what to do if not.
 //! - [`shell`]: the steps of a start, as types.

@@ -194,3 +194,79 @@ fn garbage_and_bombs_are_errors() {
     });
     assert!(matches!(pods_from_yaml(&bomb), Err(ManifestError::Syntax(_))));
 }
+
+fn message(text: &str) -> String {
+    pods_from_yaml(text).unwrap_err().to_string()
+}
+
+#[test]
+fn a_syntax_error_is_told_with_its_line_and_column() {
+    let broken = SMALL.replace("spec:", "spec: [1,");
+
+    let message = message(&broken);
+
+    assert!(message.contains("line 7") && message.contains("column"), "{message}");
+}
+
+#[test]
+fn a_key_that_is_there_twice_is_refused() {
+    let twice = SMALL.replace("kind: Pod", "kind: Pod\nkind: Pod");
+
+    let message = message(&twice);
+
+    assert!(message.contains("duplicate") && message.contains("kind"), "{message}");
+    assert!(message.contains("line 4"), "{message}");
+}
+
+#[test]
+fn a_wrong_type_is_refused_by_the_path_of_its_field() {
+    for (field, wrong, path) in [
+        ("metadata: {name: hello}", "metadata: [hello]", "metadata"),
+        (
+            "metadata: {name: hello}",
+            "metadata: {name: {first: a}}",
+            "metadata.name",
+        ),
+        (
+            "metadata: {name: hello}",
+            "metadata: {name: hello, labels: {a: 1}}",
+            "metadata.labels.a",
+        ),
+        ("spec:\n", "spec:\n  hostAliases: {ip: 1}\n", "spec.hostAliases"),
+        ("command: [echo, hi]", "command: echo", "spec.containers[0].command"),
+        ("command: [echo, hi]", "tty: 'yes'", "spec.containers[0].tty"),
+        ("command: [echo, hi]", "env: [A=1]", "spec.containers[0].env[0]"),
+    ] {
+        // A name that is not where it should be is missed, too.
+        assert_eq!(paths(&SMALL.replace(field, wrong))[0], path, "{wrong}");
+    }
+    for document in ["[1]", "just text", "42", "true"] {
+        assert!(
+            matches!(pods_from_yaml(document), Err(ManifestError::Refused { .. })),
+            "{document}"
+        );
+    }
+}
+
+#[test]
+fn what_is_wrong_in_a_later_document_is_told_with_its_number() {
+    let two = format!("{SMALL}---{}", SMALL.replace("kind: Pod", "kind: Job"));
+
+    assert!(message(&two).contains("document 2"), "{}", message(&two));
+}
+
+#[test]
+fn size_and_depth_are_bounded() {
+    const MEGABYTES: usize = 10 << 20;
+    let long = SMALL.replace("hi]", &format!("{}]", "x".repeat(MEGABYTES)));
+    let many = format!("{SMALL}{}", "---\n".repeat(MEGABYTES / 4));
+    let comment = format!("#{}", "-".repeat(MEGABYTES));
+    // Whatever comes of them, they come to an end.
+    for text in [long, many, comment] {
+        let _ = pods_from_yaml(&text);
+    }
+    for (open, close) in [("[", "]"), ("{a: ", "}"), ("- ", "")] {
+        let deep = format!("{}x{}", open.repeat(50_000), close.repeat(50_000));
+        assert!(pods_from_yaml(&deep).is_err(), "{open}");
+    }
+}

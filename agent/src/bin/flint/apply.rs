@@ -1,7 +1,8 @@
 //! `apply`: native Pod manifests.
 
-use std::io::Read as _;
-use std::path::PathBuf;
+use std::fs::File;
+use std::io::{self, Read};
+use std::path::{Path, PathBuf};
 
 use clap::Args;
 use flint_api::host::{ApplyPodRequest, ListPodsRequest, Pod, PodMeta, PodSpec, pod_status::Phase};
@@ -11,6 +12,9 @@ use crate::client::Client;
 use crate::failure::Failure;
 use crate::output::{self, Format};
 use crate::pods;
+
+/// Many times what a pod of 4 MiB, the longest that flintd takes, needs.
+const LONGEST: u64 = 16 << 20;
 
 /// Create or change pods from Kubernetes Pod manifests.
 ///
@@ -67,17 +71,27 @@ fn print(pod: &Pod, format: Format) -> Result<(), Failure> {
     ))
 }
 
-fn read(file: &PathBuf) -> Result<Vec<Manifest>, Failure> {
-    let mut text = String::new();
-    let what = format!("read {}", file.display());
-    if file.as_os_str() == "-" {
-        std::io::stdin()
-            .read_to_string(&mut text)
-            .map_err(|error| Failure::local("read standard input", error))?;
+fn read(file: &Path) -> Result<Vec<Manifest>, Failure> {
+    let text = if file.as_os_str() == "-" {
+        text_of(io::stdin()).map_err(|error| Failure::local("read standard input", error))?
     } else {
-        text = std::fs::read_to_string(file).map_err(|error| Failure::local(&what, error))?;
-    }
+        let text = File::open(file).and_then(text_of);
+        text.map_err(|error| Failure::local(&format!("read {}", file.display()), error))?
+    };
     kubernetes::pods_from_yaml(&text).map_err(|error| Failure::new(format!("{}: {error}", file.display())))
+}
+
+/// All of it, unless it is longer than a manifest can be.
+fn text_of(source: impl Read) -> io::Result<String> {
+    let mut text = String::new();
+    if source.take(LONGEST + 1).read_to_string(&mut text)? as u64 > LONGEST {
+        let message = format!(
+            "it is longer than {} MiB; give each pod a file of its own",
+            LONGEST >> 20
+        );
+        return Err(io::Error::other(message));
+    }
+    Ok(text)
 }
 
 /// Applies a pod under the uid that its name has on this host, or a new one.
@@ -121,4 +135,17 @@ pub fn new_uid() -> Result<String, Failure> {
     std::fs::read_to_string("/proc/sys/kernel/random/uuid")
         .map(|uuid| uuid.trim().to_owned())
         .map_err(|error| Failure::local("get a random uid", error))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_manifest_without_end_is_refused_and_not_read_to_it() {
+        let error = text_of(io::repeat(b'#')).unwrap_err();
+        assert!(error.to_string().contains("16 MiB"), "{error}");
+        assert!(text_of(&b"\xff\xfe"[..]).is_err(), "no text at all");
+        assert_eq!(text_of(&b"a: b"[..]).unwrap(), "a: b");
+    }
 }
