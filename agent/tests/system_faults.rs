@@ -1,6 +1,8 @@
 //! What goes wrong in guests, images and daemons: each ends in a clear word, a live daemon, and nothing left behind
 //! (the harness looks for that when a test ends).
 
+#![allow(clippy::expect_used, reason = "a helper that cannot go on fails its test")]
+
 mod host;
 
 use std::fs;
