@@ -307,9 +307,9 @@ async fn serve(options: &Options, pods: &Arc<Pods>, routes: Routes, metrics: Arc
             key: key.clone(),
             client_ca: client_ca.clone(),
         };
+        let server = listen::tls_server(&files)?;
         let listener = listen::tcp(address).await?;
-        let stopped = stopped();
-        servers.spawn(async move { listen::serve_tls(listener, &files, routes, stopped).await });
+        servers.spawn(listen::serve_tls(listener, server, routes, stopped()));
         info!(%address, "serving with TLS");
     }
     if let Some(address) = options.metrics {

@@ -250,6 +250,23 @@ fn a_tls_option_that_is_missing_or_no_pem_is_named() {
     );
 }
 
+#[test]
+fn flintd_does_not_start_with_a_certificate_that_is_none() {
+    let daemon = with_tls();
+    let second = |cert: &str| {
+        daemon.sh(&format!(
+            "{} --state-dir $T/second --run-dir $T/second --cgroup $C --kernel $T/kernel --initrd $T/initrd --listen-tls 127.0.0.1:7444 \
+             --tls-cert $T/{cert} --tls-key $T/host.key --tls-client-ca $T/right.pem",
+            env!("CARGO_BIN_EXE_flintd")
+        ))
+    };
+    for (cert, said) in [("kernel", "--tls-cert"), ("nowhere.pem", "nowhere.pem")] {
+        let done = second(cert);
+        assert_eq!(done.code, 1, "{done:?}");
+        assert!(done.stderr.contains(said) && !done.stdout.contains("ready"), "{done:?}");
+    }
+}
+
 /// Opens the socket's folders and mode to everybody: what is left is the check of credentials.
 const OPEN: &str = "chmod 755 $T $T/run; chmod 666 $FLINT_SOCKET";
 /// As nobody.
@@ -344,4 +361,86 @@ fn bytes_that_are_no_calls_cost_their_connection_only() {
     }
     let grown = daemon.resident_kib().saturating_sub(before);
     assert!(grown < 64 << 10, "{grown} KiB more are resident");
+}
+
+/// Calls by name, with a message that is nothing but a field 1 with these bytes.
+async fn call(daemon: &Daemon, path: &'static str, field: Vec<u8>) -> tonic::Code {
+    let mut client = tonic::client::Grpc::new(daemon.channel().await);
+    client.ready().await.unwrap();
+    let codec = tonic_prost::ProstCodec::<Vec<u8>, Vec<u8>>::default();
+    let path = tonic::codegen::http::uri::PathAndQuery::from_static(path);
+    match client.unary(tonic::Request::new(field), path, codec).await {
+        Ok(_) => tonic::Code::Ok,
+        Err(status) => status.code(),
+    }
+}
+
+#[tokio::test]
+async fn calls_that_cannot_be_understood_are_answered_with_their_status() {
+    use tonic::Code;
+    let daemon = Daemon::start(folder(), &Start::default());
+    let apply = "/flint.host.v1.Pods/ApplyPod";
+    assert_eq!(
+        call(&daemon, apply, vec![0xff; 64]).await,
+        Code::Internal,
+        "field 1 is a message"
+    );
+    assert_eq!(
+        call(&daemon, "/flint.host.v1.Pods/Conjure", vec![]).await,
+        Code::Unimplemented
+    );
+    assert_eq!(
+        call(&daemon, "/flint.host.v9.Pods/ApplyPod", vec![]).await,
+        Code::Unimplemented
+    );
+    let before = daemon.resident_kib();
+    for _ in 0..40 {
+        assert_eq!(
+            call(&daemon, apply, vec![0; 5 << 20]).await,
+            Code::OutOfRange,
+            "longer than 4 MiB"
+        );
+    }
+    let grown = daemon.resident_kib().saturating_sub(before);
+    assert!(grown < 64 << 10, "{grown} KiB more are resident");
+    assert_eq!(daemon.sh("flint ps").code, 0);
+}
+
+#[tokio::test]
+async fn health_and_reflection_answer() {
+    use tonic_health::pb::{HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient};
+    use tonic_reflection::pb::v1::{
+        ServerReflectionRequest, server_reflection_client::ServerReflectionClient, server_reflection_request,
+        server_reflection_response,
+    };
+    let daemon = Daemon::start(folder(), &Start::default());
+    let mut health = HealthClient::new(daemon.channel().await);
+    let check = |service: &str| HealthCheckRequest {
+        service: service.into(),
+    };
+    let status = health
+        .check(check("flint.host.v1.Pods"))
+        .await
+        .unwrap()
+        .into_inner()
+        .status();
+    assert_eq!(status, ServingStatus::Serving);
+    let unknown = health.check(check("flint.host.v1.Nothing")).await.unwrap_err();
+    assert_eq!(unknown.code(), tonic::Code::NotFound);
+
+    let list = ServerReflectionRequest {
+        host: String::new(),
+        message_request: Some(server_reflection_request::MessageRequest::ListServices(String::new())),
+    };
+    let mut reflection = ServerReflectionClient::new(daemon.channel().await);
+    let answers = reflection.server_reflection_info(tokio_stream::once(list)).await;
+    let answer = answers.unwrap().into_inner().message().await.unwrap().unwrap();
+    let Some(server_reflection_response::MessageResponse::ListServicesResponse(services)) = answer.message_response
+    else {
+        panic!("{answer:?}");
+    };
+    let names: Vec<_> = services.service.into_iter().map(|service| service.name).collect();
+    for service in ["Host", "Pods", "Streams", "Images"] {
+        assert!(names.contains(&format!("flint.host.v1.{service}")), "{names:?}");
+    }
 }

@@ -42,8 +42,10 @@ pub enum ListenError {
         source: io::Error,
     },
     /// The TLS configuration as a whole.
-    #[error("the TLS certificate, key or client CA cannot be used: {0}")]
-    Tls(tonic::transport::Error),
+    #[error(
+        "the TLS certificate, key or client CA cannot be used; all are PEM files, see --tls-cert, --tls-key, --tls-client-ca"
+    )]
+    Tls(#[source] tonic::transport::Error),
     /// The server.
     #[error("serving the host API: {0}")]
     Serve(tonic::transport::Error),
@@ -161,14 +163,8 @@ pub async fn tcp(address: SocketAddr) -> Result<TcpListener, ListenError> {
     })
 }
 
-/// Serves the API over TLS until told to stop; a client without a certificate of the CA gets no further than the
-/// handshake.
-pub async fn serve_tls(
-    listener: TcpListener,
-    files: &TlsFiles,
-    routes: Routes,
-    stop: impl Future<Output = ()>,
-) -> Result<(), ListenError> {
+/// A server that lets a client without a certificate of the CA get no further than the handshake.
+pub fn tls_server(files: &TlsFiles) -> Result<Server, ListenError> {
     let read = |path: &PathBuf| {
         fs::read(path).map_err(|source| ListenError::TlsFile {
             path: path.clone(),
@@ -179,7 +175,16 @@ pub async fn serve_tls(
         .identity(Identity::from_pem(read(&files.cert)?, read(&files.key)?))
         .client_ca_root(Certificate::from_pem(read(&files.client_ca)?))
         .timeout(Duration::from_secs(10));
-    let mut server = server().tls_config(tls).map_err(ListenError::Tls)?;
+    server().tls_config(tls).map_err(ListenError::Tls)
+}
+
+/// Serves the API over TLS until told to stop.
+pub async fn serve_tls(
+    listener: TcpListener,
+    mut server: Server,
+    routes: Routes,
+    stop: impl Future<Output = ()>,
+) -> Result<(), ListenError> {
     let incoming = TcpListenerStream::new(listener);
     server
         .add_routes(routes)

@@ -9,11 +9,14 @@ use std::{
     process::{Child, Command, Stdio},
 };
 
+use hyper_util::rt::TokioIo;
 use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,
 };
 use tempfile::TempDir;
+use tokio::net::UnixStream;
+use tonic::transport::{Channel, Endpoint};
 
 /// What a daemon is started with.
 #[derive(Default)]
@@ -87,6 +90,17 @@ impl Daemon {
         self.path("run/flintd.sock")
     }
 
+    /// A connection to its unix socket, which needs no namespace.
+    pub async fn channel(&self) -> Channel {
+        let path = self.socket();
+        let connector = tower::service_fn(move |_| {
+            let path = path.clone();
+            async move { UnixStream::connect(path).await.map(TokioIo::new) }
+        });
+        let endpoint = Endpoint::from_static("http://flintd");
+        endpoint.connect_with_connector(connector).await.unwrap()
+    }
+
     /// Runs a shell line in flintd's namespaces; `flint` is the command line with its socket.
     pub fn sh(&self, line: &str) -> Done {
         let output = Command::new("nsenter")
@@ -95,6 +109,7 @@ impl Daemon {
             .env("FLINT", env!("CARGO_BIN_EXE_flint"))
             .env("FLINT_SOCKET", self.socket())
             .env("T", self.folder.path())
+            .env("C", self.folder.path().file_name().unwrap())
             .stdin(Stdio::null())
             .output()
             .unwrap();

@@ -63,19 +63,46 @@ impl From<Status> for Failure {
                 let _ = write!(message, "\n  {}: {}", violation.field, violation.description);
             }
         }
+        // flintd's messages say what to do where it has to do with what was asked; the hints are about everything else.
         let reason = details.error_info().map(|info| info.reason.as_str());
-        let hint = match status.code() {
-            Code::FailedPrecondition if reason == Some("HOST_NOT_READY") => {
+        let hint = match (status.code(), reason) {
+            (Code::Unavailable, None) => Some("is flintd still running? `systemctl status flintd` or its log says"),
+            (Code::PermissionDenied, None) => Some("run as root or as a member of flintd's socket group"),
+            (Code::ResourceExhausted, Some("OutOfcpu" | "OutOfmemory" | "OutOfpods")) => {
+                Some("`flint ps` shows what runs; stop something or ask for less")
+            }
+            (Code::FailedPrecondition, Some("HOST_NOT_READY")) => {
                 Some("`flint doctor` says more; once it is put right, try again: flintd goes on as it is")
             }
-            Code::Unavailable => Some("is flintd still running? `systemctl status flintd` or its log says"),
-            Code::PermissionDenied => Some("run as root or as a member of flintd's socket group"),
-            Code::ResourceExhausted => Some("`flint ps` shows what runs; stop something or ask for less"),
             _ => None,
         };
         Self {
             message,
             hint: hint.map(str::to_owned),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashMap;
+
+    use tonic_types::ErrorDetails;
+
+    use super::*;
+
+    fn hint(code: Code, reason: Option<&str>) -> Option<String> {
+        let details = reason.map(|reason| ErrorDetails::with_error_info(reason, "flint.host", HashMap::new()));
+        let status = Status::with_error_details(code, "no", details.unwrap_or_default());
+        Failure::from(status).into_parts().1
+    }
+
+    #[test]
+    fn a_hint_is_about_what_flintd_did_not_say() {
+        assert!(hint(Code::Unavailable, None).is_some_and(|hint| hint.contains("flintd")));
+        assert_eq!(hint(Code::Unavailable, Some("REGISTRY_UNAVAILABLE")), None);
+        assert_eq!(hint(Code::PermissionDenied, Some("REGISTRY_DENIED")), None);
+        assert!(hint(Code::ResourceExhausted, Some("OutOfmemory")).is_some());
+        assert!(hint(Code::FailedPrecondition, Some("HOST_NOT_READY")).is_some_and(|hint| hint.contains("doctor")));
     }
 }
