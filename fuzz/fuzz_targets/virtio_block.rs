@@ -8,7 +8,7 @@ use flint_vmm::virtio::block::{Block, BlockResource, BlockSlot};
 use flint_vmm::virtio::rate_limit::RateLimit;
 use libfuzzer_sys::fuzz_target;
 
-const DISK: [u8; 64 << 10] = [7; 64 << 10];
+static DISK: [u8; 64 << 10] = [7; 64 << 10];
 
 fuzz_target!(|input: (bool, u8, Script)| {
     let (read_only, queues, script) = input;

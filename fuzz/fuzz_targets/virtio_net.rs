@@ -32,7 +32,7 @@ fn tap() -> Option<OwnedFd> {
 }
 
 fuzz_target!(|script: Script| {
-    let mut device = Net::new(NetSlot {
+    let mut device = Net::new(&NetSlot {
         mac: [2, 0, 0, 0, 0, 1],
     })
     .expect("descriptors");
