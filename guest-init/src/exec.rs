@@ -181,7 +181,7 @@ async fn pump(source: StreamFd, wrap: Wrap, answers: Answers, mut stopped: watch
     loop {
         let read = tokio::select! {
             biased;
-            read = source.read(&mut buffer) => read.map(|count| if count == 0 { Read::End } else { Read::Bytes(count) }),
+            read = source.read(&mut buffer) => read.map(Read::from_count),
             _ = stopped.wait_for(|stopped| *stopped) => source.try_read(&mut buffer),
         };
         let Ok(Read::Bytes(count)) = read else { return };

@@ -13,21 +13,23 @@
 
 use std::{
     collections::VecDeque,
-    io,
     sync::{Mutex, MutexGuard, PoisonError},
     time::SystemTime,
 };
 
 use tokio::sync::Notify;
 
-use crate::stream_fd::StreamFd;
+use crate::stream_fd::{Read, StreamFd};
 
 /// Most that one container's unacknowledged output may cost.
 pub const BOUND: usize = 1 << 20;
 /// What a chunk costs beside its bytes.
 const CHUNK_COST: usize = 128;
 /// Most that is read from a pipe at once.
-const READ_SIZE: usize = 8 << 10;
+const READ_SIZE: usize = 32 << 10;
+/// Most that is read from one of a container's streams after its end: what a program may make a pipe hold
+/// (`fs.pipe-max-size`, pipe(7)). Whoever was handed the pipe and writes on is not listened to.
+const READ_AFTER_END: usize = 1 << 20;
 
 /// Which of a program's streams.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -106,17 +108,35 @@ impl OutputBuffer {
         }
     }
 
-    /// Reads `source` to its end into the buffer, no faster than readers acknowledge. One call for each writer.
-    pub async fn fill_from(&self, stream: Stream, source: &StreamFd) {
+    /// Reads `source` into the buffer, no faster than readers acknowledge, to its end or to what is in it when the
+    /// container has `ended`: a process elsewhere that was handed the pipe can keep it open for ever. One call for each
+    /// writer.
+    pub async fn fill_from(&self, stream: Stream, source: &StreamFd, ended: impl Future<Output = ()>) {
         // Whatever ends this reading, readers must not wait for it any longer.
         let _done = WriterDone(self);
         let mut buffer = vec![0; READ_SIZE];
+        tokio::pin!(ended);
+        let mut after_end = None;
         loop {
             self.wait_for_room().await;
-            match source.read(&mut buffer).await {
-                Ok(0) => return,
-                Ok(count) => self.append(stream, buffer.get(..count).unwrap_or_default(), SystemTime::now()),
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            let read = match after_end {
+                Some(0) => return,
+                Some(_) => source.try_read(&mut buffer),
+                None => tokio::select! {
+                    biased;
+                    () = &mut ended => {
+                        after_end = Some(READ_AFTER_END);
+                        continue;
+                    }
+                    read = source.read(&mut buffer) => read.map(Read::from_count),
+                },
+            };
+            match read {
+                Ok(Read::Bytes(count)) => {
+                    after_end = after_end.map(|left: usize| left.saturating_sub(count));
+                    self.append(stream, buffer.get(..count).unwrap_or_default(), SystemTime::now());
+                }
+                Ok(Read::Empty | Read::End) => return,
                 Err(error) => {
                     eprintln!("flint-init: reading a container's output: {error}");
                     return;
@@ -237,9 +257,9 @@ pub struct Reading<'a> {
 
 impl Reading<'_> {
     /// The next chunk, waited for; `None` when the output is over or half of the bound was given.
-    pub async fn next(&mut self) -> Option<Chunk> {
+    pub async fn next(&mut self) -> Result<Option<Chunk>, BadOffset> {
         if self.given >= BOUND / 2 {
-            return None;
+            return Ok(None);
         }
         loop {
             let appended = self.buffer.appended.notified();
@@ -247,17 +267,21 @@ impl Reading<'_> {
             appended.as_mut().enable();
             {
                 let retained = self.buffer.lock();
-                // Another reader may have acknowledged what this one has not been given: it is of no use any more.
+                // Another reader may have acknowledged what this one has not been given. To end here without a word would
+                // say that the output is over.
                 if self.next < retained.start {
-                    return None;
+                    return Err(BadOffset::Forgotten {
+                        asked: self.next,
+                        start: retained.start,
+                    });
                 }
                 if let Some(chunk) = retained.chunk_at(self.next) {
                     self.next = chunk.end();
                     self.given += chunk.cost();
-                    return Some(chunk);
+                    return Ok(Some(chunk));
                 }
                 if retained.writers == 0 {
-                    return None;
+                    return Ok(None);
                 }
             }
             appended.await;
@@ -306,7 +330,7 @@ mod tests {
                     }
                 }
                 let mut reading = buffer.read_from(from).unwrap();
-                while let Some(Some(chunk)) = now(reading.next()) {
+                while let Some(Ok(Some(chunk))) = now(reading.next()) {
                     assert_eq!(chunk.offset, from);
                     // Acknowledge in the middle of a chunk now and then: the rest has to come again.
                     let taken = usize::try_from(random.below(chunk.data.len() as u64 + 1)).unwrap();
@@ -344,12 +368,12 @@ mod tests {
     #[test]
     fn a_reading_ends_at_half_of_the_bound_and_the_next_goes_on() {
         let buffer = OutputBuffer::new(1);
-        for _ in 0..BOUND / READ_SIZE - 32 {
+        for _ in 0..BOUND / READ_SIZE * 3 / 4 {
             buffer.append(Stream::Stdout, &[1; READ_SIZE], SystemTime::UNIX_EPOCH);
         }
         let mut reading = buffer.read_from(0).unwrap();
         let mut next = 0;
-        while let Some(chunk) = now(reading.next()).unwrap() {
+        while let Some(chunk) = now(reading.next()).unwrap().unwrap() {
             next = chunk.end();
         }
         assert!(
@@ -357,7 +381,7 @@ mod tests {
             "{next}"
         );
         let mut reading = buffer.read_from(next).unwrap();
-        assert!(now(reading.next()).unwrap().is_some());
+        assert!(now(reading.next()).unwrap().unwrap().is_some());
     }
 
     #[test]
@@ -368,7 +392,7 @@ mod tests {
         let mut reading = buffer.read_from(1).unwrap();
         assert!(now(reading.next()).is_none(), "one writer is left: wait");
         drop(WriterDone(&buffer));
-        assert_eq!(now(reading.next()), Some(None));
+        assert_eq!(now(reading.next()), Some(Ok(None)));
     }
 
     fn pipe() -> (StreamFd, OwnedFd) {
@@ -391,7 +415,7 @@ mod tests {
             loop {
                 let mut reading = buffer.read_from(from).unwrap();
                 let before = total;
-                while let Some(chunk) = reading.next().await {
+                while let Some(chunk) = reading.next().await.unwrap() {
                     total += chunk.data.len();
                     from = chunk.end();
                     assert!(buffer.lock().cost < BOUND + READ_SIZE + CHUNK_COST);
@@ -401,8 +425,62 @@ mod tests {
                 }
             }
         };
-        let ((), (), total) = tokio::join!(flood, buffer.fill_from(Stream::Stdout, &source), read);
+        let ((), (), total) = tokio::join!(flood, buffer.fill_from(Stream::Stdout, &source, std::future::pending()), read);
         assert_eq!(total, 100 * (64 << 10));
+    }
+
+    #[tokio::test]
+    async fn output_is_over_with_its_container_though_somebody_holds_the_pipe() {
+        let buffer = OutputBuffer::new(1);
+        let (source, holder) = pipe();
+        nix::unistd::write(&holder, b"last words").unwrap();
+        buffer
+            .fill_from(Stream::Stdout, &source, std::future::ready(()))
+            .await;
+        let mut reading = buffer.read_from(0).unwrap();
+        assert_eq!(now(reading.next()).unwrap().unwrap().unwrap().data, b"last words");
+        assert_eq!(now(reading.next()), Some(Ok(None)));
+    }
+
+    #[tokio::test]
+    async fn who_writes_on_into_an_ended_containers_pipe_is_not_listened_to_for_ever() {
+        let buffer = OutputBuffer::new(1);
+        let (source, sink) = pipe();
+        let sink = StreamFd::writing(sink).unwrap();
+        let flood = async {
+            loop {
+                sink.write_all(&[9; 4096]).await.unwrap();
+            }
+        };
+        let read = async {
+            let mut from = 0;
+            loop {
+                let mut reading = buffer.read_from(from).unwrap();
+                let before = from;
+                while let Some(chunk) = reading.next().await.unwrap() {
+                    from = chunk.end();
+                }
+                if from == before {
+                    return from;
+                }
+            }
+        };
+        let fill = buffer.fill_from(Stream::Stdout, &source, std::future::ready(()));
+        let total = tokio::select! {
+            () = flood => 0,
+            ((), total) = async { tokio::join!(fill, read) } => total,
+        };
+        assert!(total < (READ_AFTER_END + READ_SIZE) as u64, "{total}");
+    }
+
+    #[test]
+    fn a_reading_that_another_reader_overtook_says_so() {
+        let buffer = OutputBuffer::new(1);
+        buffer.append(Stream::Stdout, b"0123456789", SystemTime::UNIX_EPOCH);
+        let mut slow = buffer.read_from(0).unwrap();
+        buffer.read_from(5).unwrap();
+        let overtaken = BadOffset::Forgotten { asked: 0, start: 5 };
+        assert_eq!(now(slow.next()), Some(Err(overtaken)));
     }
 
     #[tokio::test]
@@ -415,7 +493,7 @@ mod tests {
                 sink.write_all(&[9; 4096]).await.unwrap();
             }
         };
-        let filling = buffer.fill_from(Stream::Stdout, &source);
+        let filling = buffer.fill_from(Stream::Stdout, &source, std::future::pending());
         tokio::pin!(flood, filling);
         // Both make progress until neither can: then a thousand polls change nothing.
         for _ in 0..1000 {

@@ -195,19 +195,9 @@ impl Guest for GuestService {
         container.output.read_from(request.from_offset)?;
         let (sender, receiver) = mpsc::channel(QUEUE);
         tokio::spawn(async move {
-            // Another reader's acknowledgement in between makes this offset too old: this stream then just ends.
-            let Ok(mut reading) = container.output.read_from(request.from_offset) else {
-                return;
-            };
-            loop {
-                let chunk = tokio::select! {
-                    chunk = reading.next() => chunk,
-                    () = sender.closed() => return,
-                };
-                let Some(chunk) = chunk else { return };
-                if sender.send(Ok(output_chunk(chunk))).await.is_err() {
-                    return;
-                }
+            tokio::select! {
+                () = give_output(&container, request.from_offset, &sender) => {}
+                () = sender.closed() => {}
             }
         });
         Ok(Response::new(Box::pin(ReceiverStream::new(receiver))))
@@ -239,6 +229,23 @@ impl Guest for GuestService {
         })
         .await?;
         Ok(Response::new(ShutdownResponse {}))
+    }
+}
+
+/// Gives output from an offset on. Another reader's acknowledgement makes an offset too old at any moment.
+async fn give_output(container: &Container, from: u64, answers: &mpsc::Sender<Result<OutputChunk, Status>>) {
+    let given = async {
+        let mut reading = container.output.read_from(from)?;
+        while let Some(chunk) = reading.next().await? {
+            if answers.send(Ok(output_chunk(chunk))).await.is_err() {
+                break;
+            }
+        }
+        Ok::<_, BadOffset>(())
+    };
+    if let Err(overtaken) = given.await {
+        // Whoever has hung up does not need to know.
+        let _ = answers.send(Err(Status::aborted(overtaken.to_string()))).await;
     }
 }
 

@@ -27,6 +27,13 @@ pub enum Read {
     End,
 }
 
+impl Read {
+    /// As [`StreamFd::read`] tells it.
+    pub fn from_count(count: usize) -> Self {
+        if count == 0 { Self::End } else { Self::Bytes(count) }
+    }
+}
+
 impl StreamFd {
     /// For the end that is read from.
     pub fn reading(fd: OwnedFd) -> io::Result<Self> {

@@ -305,7 +305,10 @@ async fn attach(
     *container.stdin.lock().await = input;
     for (stream, source) in sources {
         let container = Arc::clone(container);
-        tokio::spawn(async move { container.output.fill_from(stream, &source).await });
+        tokio::spawn(async move {
+            let ended = async { drop(container.wait().await) };
+            container.output.fill_from(stream, &source, ended).await;
+        });
     }
     Ok(())
 }
