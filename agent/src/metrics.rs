@@ -157,7 +157,8 @@ impl Metrics {
             let (stream, peer): (_, SocketAddr) = match listener.accept().await {
                 Ok(accepted) => accepted,
                 Err(error) => {
-                    // Out of descriptors, mostly: the next accept would fail at once, too.
+                    // Out of descriptors, mostly, and nothing tells when there are some again: the next accept would fail at
+                    // once, and every one after it.
                     debug!(%error, "accepting a scraper failed");
                     tokio::time::sleep(Duration::from_secs(1)).await;
                     continue;

@@ -1,15 +1,20 @@
 //! What goes wrong in guests, images and daemons: each ends in a clear word, a live daemon, and nothing left behind
 //! (the harness looks for that when a test ends).
 
-#![allow(clippy::expect_used, reason = "a helper that cannot go on fails its test")]
+#![allow(
+    clippy::expect_used,
+    clippy::unwrap_used,
+    reason = "a helper that cannot go on fails its test"
+)]
 
 mod host;
 
-use std::fs;
+use std::{fs, io::Read};
 
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
+use serde_json::Value;
 
-use host::{Host, busybox, image, kill};
+use host::{Host, LIMIT, busybox, image, kill};
 
 const NEVER: &str = "  restartPolicy: Never\n";
 
@@ -122,26 +127,75 @@ fn a_full_disk_is_the_guests_own() {
     assert_eq!(done.stdout, "No space left\nx\n", "{done:?}");
 }
 
-#[test]
-fn a_flood_of_output_is_bounded_and_complete_at_its_end() {
+/// Follows a flood of `count` lines, each its number and so many bytes long: all come, in order, while flintd's memory and
+/// what it keeps stay bounded.
+fn follows_a_flood(program: &str, count: u32, length: usize) {
     let host = Host::start();
+    host.start_pod("flood", program, NEVER);
+    let before = host.daemon_peak();
+
+    let (mut follower, lines) = host.follow("flood");
+    for number in 1..=count {
+        let line = lines
+            .recv_timeout(LIMIT)
+            .unwrap_or_else(|error| panic!("line {number}: {error}\n{}", host.pod("flood")));
+        let found = line.split_whitespace().next().and_then(|found| found.parse().ok());
+        assert_eq!((found, line.len() + 1), (Some(number), length), "{line}");
+    }
+    let rest: Vec<_> = lines.iter().collect();
+    let mut said = String::new();
+    follower.stderr.take().unwrap().read_to_string(&mut said).unwrap();
+
+    assert_eq!(rest, ["the end"], "{}", host.pod("flood"));
+    assert!(follower.wait().unwrap().success(), "{said}");
+    let grown = host.daemon_peak() - before;
+    assert!(grown < 32 * 1024, "flintd grew by {grown} KiB");
+    assert_eq!(reason(&host, "flood"), "Completed");
+    let mut du = std::process::Command::new("du");
+    du.args(["-sk"]).arg(host.path("state").join("logs"));
+    let kept: u64 = host::run(du).stdout.split_whitespace().next().unwrap().parse().unwrap();
+    assert!(kept < 60 * 1024, "{kept} KiB are kept");
+}
+
+#[test]
+fn a_flood_of_long_lines_comes_whole_and_in_order() {
+    let line = r#"printf "%0199d\n", i"#;
+    let program = format!("awk 'BEGIN {{ for (i = 1; i <= 160000; i++) {line} }}'; echo the end");
+    follows_a_flood(&program, 160_000, 200);
+}
+
+#[test]
+fn a_flood_of_short_lines_comes_whole_and_in_order() {
+    // Seven columns of number, a space, 19 letters, a newline.
+    let program = "yes abcdefghijklmnopqrs | head -n 1150000 | awk '{ printf \"%7d %s\\n\", NR, $0 }'; echo the end";
+    follows_a_flood(program, 1_150_000, 28);
+}
+
+fn ended(host: &Host, name: &str) -> (Value, Value) {
+    host.flint(["logs", "-f", name]);
+    let pod = host.pod(name);
+    let end = &pod["status"]["containers"][0]["terminated"];
+    (end["exitCode"].clone(), end["signal"].clone())
+}
+
+#[test]
+fn a_first_process_that_a_signal_ends_is_told_with_the_signal() {
+    let host = Host::start();
+
+    // The first of a PID namespace is spared signals that it sends to itself, but not its own faults.
+    let python = image("python:3");
+    let fault = "import os; os.abort()";
+    let done = host.flint(["run", "--name", "faults", &python, "--", "python3", "-c", fault]);
     host.start_pod(
-        "flood",
-        "yes abcdefghijklmnopqrstuvwxyz | head -c 12000000; echo; echo the end",
-        NEVER,
+        "shared",
+        "kill -TERM $$; sleep 1000",
+        &format!("  shareProcessNamespace: true\n{NEVER}"),
     );
 
-    let log = host.ok(["logs", "-f", "--tail", "1", "flood"]);
-
-    assert!(log.ends_with("the end\n"), "{}", &log[log.len().saturating_sub(100)..]);
-    let uid = host.pod("flood")["meta"]["uid"].as_str().unwrap().to_owned();
-    let kept = host::run({
-        let mut du = std::process::Command::new("du");
-        du.args(["-sk"]).arg(host.path("state"));
-        du
-    });
-    let kib: u64 = kept.stdout.split_whitespace().next().unwrap().parse().unwrap();
-    assert!(kib < 100 * 1024, "{kib} KiB are kept for {uid}");
+    // abort(3), whose signal is passed over, ends in a forbidden instruction.
+    assert_eq!(done.code, 139, "{done:?}");
+    assert_eq!(ended(&host, "faults"), (139.into(), 11.into()));
+    assert_eq!(ended(&host, "shared"), (143.into(), 15.into()));
 }
 
 #[test]

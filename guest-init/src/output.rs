@@ -425,7 +425,11 @@ mod tests {
                 }
             }
         };
-        let ((), (), total) = tokio::join!(flood, buffer.fill_from(Stream::Stdout, &source, std::future::pending()), read);
+        let ((), (), total) = tokio::join!(
+            flood,
+            buffer.fill_from(Stream::Stdout, &source, std::future::pending()),
+            read
+        );
         assert_eq!(total, 100 * (64 << 10));
     }
 
@@ -434,9 +438,7 @@ mod tests {
         let buffer = OutputBuffer::new(1);
         let (source, holder) = pipe();
         nix::unistd::write(&holder, b"last words").unwrap();
-        buffer
-            .fill_from(Stream::Stdout, &source, std::future::ready(()))
-            .await;
+        buffer.fill_from(Stream::Stdout, &source, std::future::ready(())).await;
         let mut reading = buffer.read_from(0).unwrap();
         assert_eq!(now(reading.next()).unwrap().unwrap().unwrap().data, b"last words");
         assert_eq!(now(reading.next()), Some(Ok(None)));

@@ -1,23 +1,33 @@
 //! `flint.host.v1.Streams`: byte streams between a client and a container, bridged with back-pressure on both sides.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use flint_api::{
     guest,
     host::{self, streams_server::Streams},
 };
-use tokio::sync::{broadcast::error::RecvError, mpsc};
-use tokio_stream::{StreamExt as _, wrappers::ReceiverStream};
+use futures::{Stream, StreamExt as _};
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, Request, Response, Status, Streaming, async_trait};
 
 use super::{
     Answers, Api,
     fault::{bad_field, fault},
 };
-use crate::pods::{RunningContainer, duration};
+use crate::{
+    backend::Sandbox,
+    pods::{
+        RunningContainer,
+        attached::{Heard, Subscription},
+        duration,
+    },
+};
 
 /// Frames on their way in one direction.
 const WINDOW: usize = 16;
+/// Batches of a log on their way: what a reader that is slow costs, at about 64 KiB each.
+const LOG_WINDOW: usize = 2;
 /// Exit code of a program that was given up, as timeout(1) has it.
 const TIMED_OUT: u32 = 124;
 const SIGKILL: u32 = 9;
@@ -27,14 +37,23 @@ impl Streams for Api {
     type LogsStream = Answers<host::LogEntry>;
 
     async fn logs(&self, request: Request<host::LogsRequest>) -> Result<Response<Self::LogsStream>, Status> {
-        let request = request.into_inner();
-        let (container, query) = self.pods.log(&request)?;
-        let (out, entries) = mpsc::channel(WINDOW);
-        let logs = self.pods.context().logs.clone();
-        tokio::spawn(async move { logs.read(&request.uid, &container, query, out).await });
-        let answers = ReceiverStream::new(entries)
-            .map(|entry| entry.map_err(|error| fault(Code::Internal, "LOGS", format!("reading the log: {error}"))));
-        Ok(Response::new(Box::pin(answers)))
+        let entries = self.read_log(request.into_inner())?.flat_map(|batch| {
+            let entries = match batch {
+                Ok(batch) => batch.entries.into_iter().map(Ok).collect(),
+                Err(status) => vec![Err(status)],
+            };
+            futures::stream::iter(entries)
+        });
+        Ok(Response::new(Box::pin(entries)))
+    }
+
+    type LogBatchesStream = Answers<host::LogBatch>;
+
+    async fn log_batches(
+        &self,
+        request: Request<host::LogsRequest>,
+    ) -> Result<Response<Self::LogBatchesStream>, Status> {
+        Ok(Response::new(Box::pin(self.read_log(request.into_inner())?)))
     }
 
     type ExecStream = Answers<host::ExecResponse>;
@@ -85,8 +104,23 @@ impl Streams for Api {
             tokio::spawn(async move { guest.write_input(ReceiverStream::new(guest_input)).await });
             tokio::spawn(feed_attached(frames, input, container.guest_id.clone(), start.stdin));
         }
-        tokio::spawn(follow(container, out));
+        let output = container.output.subscribe(container.run);
+        tokio::spawn(follow(container.sandbox, output, out));
         Ok(Response::new(Box::pin(ReceiverStream::new(answers))))
+    }
+}
+
+impl Api {
+    fn read_log(
+        &self,
+        request: host::LogsRequest,
+    ) -> Result<impl Stream<Item = Result<host::LogBatch, Status>> + Send + use<>, Status> {
+        let (container, query) = self.pods.log(&request)?;
+        let (out, batches) = mpsc::channel(LOG_WINDOW);
+        let logs = self.pods.context().logs.clone();
+        tokio::spawn(async move { logs.read(&request.uid, &container, query, out).await });
+        let failed = |error| fault(Code::Internal, "LOGS", format!("reading the log: {error}"));
+        Ok(ReceiverStream::new(batches).map(move |batch| batch.map_err(failed)))
     }
 }
 
@@ -254,36 +288,32 @@ async fn feed_attached(
     }
 }
 
-/// Carries a container's output to an attached client until the container ends.
-async fn follow(container: RunningContainer, out: mpsc::Sender<Result<host::ExecResponse, Status>>) {
+/// Carries a run's output to an attached client until it is over.
+async fn follow(
+    sandbox: Arc<dyn Sandbox>,
+    mut output: Subscription,
+    out: mpsc::Sender<Result<host::ExecResponse, Status>>,
+) {
     use host::exec_response::Frame;
-    let mut output = container.output.subscribe();
-    let request = guest::WaitContainerRequest {
-        container_id: container.guest_id.clone(),
-    };
-    let mut guest = container.sandbox.guest();
-    let ended = guest.wait_container(request);
-    tokio::pin!(ended);
+    let gone = |why: &str| Err(fault(Code::Unavailable, "SANDBOX_GONE", why));
     let last = loop {
-        let piece = tokio::select! {
+        let heard = tokio::select! {
             biased;
-            piece = output.recv() => piece,
-            ended = &mut ended => break match ended {
-                Ok(end) => Ok(exit(end.get_ref().exit_code, end.into_inner().start_error)),
-                Err(status) => Err(from_guest(&status)),
-            },
+            heard = output.next() => heard,
+            exit = sandbox.exited() => break gone(&format!("the pod's sandbox has ended: {exit}")),
             () = out.closed() => return,
         };
-        let answer = match piece {
-            Ok(piece) if piece.stream == host::OutputStream::Stderr => frame(Frame::Stderr(piece.data.to_vec())),
-            Ok(piece) => frame(Frame::Stdout(piece.data.to_vec())),
-            Err(RecvError::Lagged(_)) => {
+        let answer = match heard {
+            Heard::Piece(piece) if piece.stream == host::OutputStream::Stderr => Frame::Stderr(piece.data.to_vec()),
+            Heard::Piece(piece) => Frame::Stdout(piece.data.to_vec()),
+            Heard::Ended(Some(end)) => break Ok(exit(end.exit_code, end.start_error)),
+            Heard::Ended(None) => break gone("the container's run has ended, and nobody knows how"),
+            Heard::TooSlow => {
                 let message = "the client is slower than the container's output: read its log instead";
                 break Err(fault(Code::ResourceExhausted, "TOO_SLOW", message));
             }
-            Err(RecvError::Closed) => return,
         };
-        if out.send(Ok(answer)).await.is_err() {
+        if out.send(Ok(frame(answer))).await.is_err() {
             return;
         }
     };

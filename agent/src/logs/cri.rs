@@ -14,12 +14,13 @@ pub(super) const MAX_TEXT: usize = 16 << 10;
 
 /// Appends a chunk of output as entries.
 pub(super) fn format(out: &mut Vec<u8>, time_ns: u64, stream: OutputStream, data: &[u8]) {
-    let time = rfc3339(time_ns);
     let name = if stream == OutputStream::Stderr {
         "stderr"
     } else {
         "stdout"
     };
+    // Made once: in a flood of short lines it is most of what is written.
+    let begin = format!("{} {name} ", rfc3339(time_ns));
     for line in data.split_inclusive(|byte| *byte == b'\n') {
         let (text, complete) = match line.strip_suffix(b"\n") {
             Some(text) => (text, true),
@@ -27,10 +28,10 @@ pub(super) fn format(out: &mut Vec<u8>, time_ns: u64, stream: OutputStream, data
         };
         let pieces = text.len().div_ceil(MAX_TEXT).max(1);
         for (index, piece) in text.chunks(MAX_TEXT).chain(text.is_empty().then_some(text)).enumerate() {
-            let tag = if complete && index + 1 == pieces { "F" } else { "P" };
-            out.extend_from_slice(format!("{time} {name} {tag} ").as_bytes());
-            out.extend_from_slice(piece);
-            out.push(b'\n');
+            let tag: &[u8] = if complete && index + 1 == pieces { b"F " } else { b"P " };
+            for part in [begin.as_bytes(), tag, piece, b"\n"] {
+                out.extend_from_slice(part);
+            }
         }
     }
 }

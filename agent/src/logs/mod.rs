@@ -15,7 +15,7 @@ use std::{
     time::SystemTime,
 };
 
-use flint_api::host::LogEntry;
+use flint_api::host::LogBatch;
 use tokio::{
     sync::{mpsc, watch},
     task::spawn_blocking,
@@ -122,7 +122,7 @@ impl Logs {
     }
 
     /// Reads a log into `out`, until its end or until nobody listens.
-    pub async fn read(&self, uid: &str, container: &str, query: Query, out: mpsc::Sender<io::Result<LogEntry>>) {
+    pub async fn read(&self, uid: &str, container: &str, query: Query, out: mpsc::Sender<io::Result<LogBatch>>) {
         // Subscribed before the first read, so that nothing falls in between. No sender: the container has ended.
         let news = self
             .containers()
@@ -150,7 +150,7 @@ struct Reading<'a> {
     container: &'a str,
     query: Query,
     news: Option<watch::Receiver<Progress>>,
-    out: &'a mpsc::Sender<io::Result<LogEntry>>,
+    out: &'a mpsc::Sender<io::Result<LogBatch>>,
 }
 
 impl Reading<'_> {
@@ -167,16 +167,16 @@ impl Reading<'_> {
         loop {
             // Looked at before the read: what is written after it wakes us again.
             let newest = self.news.as_mut().map(|news| news.borrow_and_update().run);
-            let mut batch = Vec::new();
+            let mut batch = LogBatch::default();
             if let Some(idle) = reader.take() {
-                let (used, entries) = in_background(move || {
+                let (used, read) = in_background(move || {
                     let mut idle = idle;
-                    idle.batch().map(|entries| (idle, entries))
+                    idle.batch().map(|batch| (idle, batch))
                 })
                 .await?;
-                (reader, batch) = (Some(used), entries);
+                (reader, batch) = (Some(used), read);
             }
-            if !batch.is_empty() {
+            if !batch.entries.is_empty() {
                 if !self.send(batch, &mut left).await {
                     return Ok(());
                 }
@@ -209,16 +209,18 @@ impl Reading<'_> {
     }
 
     /// Sends what fits within the limit; false when that is all.
-    async fn send(&self, batch: Vec<LogEntry>, left: &mut u64) -> bool {
-        for mut entry in batch {
-            let fits = usize::try_from(*left).unwrap_or(usize::MAX);
-            entry.line.truncate(fits);
-            *left = left.saturating_sub(entry.line.len() as u64);
-            if self.out.send(Ok(entry)).await.is_err() || *left == 0 {
-                return false;
+    async fn send(&self, mut batch: LogBatch, left: &mut u64) -> bool {
+        let mut fitting = 0;
+        for entry in &mut batch.entries {
+            entry.line.truncate(usize::try_from(*left).unwrap_or(usize::MAX));
+            *left -= entry.line.len() as u64;
+            fitting += 1;
+            if *left == 0 {
+                break;
             }
         }
-        true
+        batch.entries.truncate(fitting);
+        self.out.send(Ok(batch)).await.is_ok() && *left > 0
     }
 }
 
@@ -252,18 +254,18 @@ mod tests {
         logs.wrote("u", "web");
     }
 
-    fn follow(logs: &Arc<Logs>, query: Query) -> mpsc::Receiver<io::Result<LogEntry>> {
-        let (out, entries) = mpsc::channel(4);
+    fn follow(logs: &Arc<Logs>, query: Query) -> mpsc::Receiver<io::Result<LogBatch>> {
+        let (out, batches) = mpsc::channel(4);
         let logs = logs.clone();
         tokio::spawn(async move { logs.read("u", "web", query, out).await });
-        entries
+        batches
     }
 
-    async fn line(entries: &mut mpsc::Receiver<io::Result<LogEntry>>) -> Option<String> {
-        entries
-            .recv()
-            .await
-            .map(|entry| String::from_utf8(entry.unwrap().line).unwrap())
+    /// The next batch, joined.
+    async fn text(batches: &mut mpsc::Receiver<io::Result<LogBatch>>) -> Option<String> {
+        let entries = batches.recv().await?.unwrap().entries;
+        let text: Vec<u8> = entries.into_iter().flat_map(|entry| entry.line).collect();
+        Some(String::from_utf8(text).unwrap())
     }
 
     #[tokio::test]
@@ -271,7 +273,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let logs = Arc::new(Logs::new(folder.path().into()));
         logs.expect("u", "web");
-        let mut entries = follow(
+        let mut batches = follow(
             &logs,
             Query {
                 follow: true,
@@ -280,14 +282,14 @@ mod tests {
         );
         let mut writer = logs.begin("u", "web", 0).unwrap();
         write(&logs, &mut writer, "first\n");
-        assert_eq!(line(&mut entries).await.unwrap(), "first\n");
+        assert_eq!(text(&mut batches).await.unwrap(), "first\n");
         write(&logs, &mut writer, "second\n");
-        assert_eq!(line(&mut entries).await.unwrap(), "second\n");
+        assert_eq!(text(&mut batches).await.unwrap(), "second\n");
         let mut writer = logs.begin("u", "web", 1).unwrap();
         write(&logs, &mut writer, "after the restart\n");
         logs.ended("u");
-        assert_eq!(line(&mut entries).await.unwrap(), "after the restart\n");
-        assert_eq!(line(&mut entries).await, None);
+        assert_eq!(text(&mut batches).await.unwrap(), "after the restart\n");
+        assert_eq!(text(&mut batches).await, None);
     }
 
     #[tokio::test]
@@ -296,7 +298,7 @@ mod tests {
         let logs = Arc::new(Logs::new(folder.path().into()));
         let mut writer = logs.begin("u", "web", 0).unwrap();
         write(&logs, &mut writer, "one\ntwo\n");
-        let mut entries = follow(
+        let mut batches = follow(
             &logs,
             Query {
                 run: Some(0),
@@ -304,9 +306,8 @@ mod tests {
                 ..Query::default()
             },
         );
-        assert_eq!(line(&mut entries).await.unwrap(), "one\n");
-        assert_eq!(line(&mut entries).await.unwrap(), "tw");
-        assert_eq!(line(&mut entries).await, None);
+        assert_eq!(text(&mut batches).await.unwrap(), "one\ntw");
+        assert_eq!(text(&mut batches).await, None);
     }
 
     #[tokio::test]

@@ -8,7 +8,7 @@ use std::{
     time::SystemTime,
 };
 
-use flint_api::host::LogEntry;
+use flint_api::host::{LogBatch, LogEntry};
 
 use super::{
     cri, tail,
@@ -16,8 +16,10 @@ use super::{
 };
 use crate::pods::system_time;
 
-/// Entries in one batch; at 16 KiB an entry this bounds a reader's memory.
-const BATCH: usize = 128;
+/// What the entries of one batch may cost; a last one of 16 KiB may go beyond.
+const BATCH: usize = 64 << 10;
+/// What an entry costs beside its text, in memory or on the wire.
+const ENTRY_COST: usize = 64;
 /// No entry is longer; a line that is was not written by flintd.
 pub(super) const MAX_LINE: u64 = (cri::MAX_TEXT + 256) as u64;
 
@@ -28,6 +30,12 @@ pub struct RunReader {
     /// Opened at the start, so that rotation does not take them away in the middle of a read.
     opened: VecDeque<(u64, File)>,
     current: Option<(u64, BufReader<File>)>,
+    /// The file read last.
+    last: Option<u64>,
+    /// Files were rotated away since the last entry given.
+    gap: bool,
+    /// Comes after a gap, and so begins a batch.
+    held: Option<LogEntry>,
     since: Option<SystemTime>,
 }
 
@@ -38,6 +46,9 @@ impl RunReader {
             folder: folder.to_owned(),
             opened: VecDeque::new(),
             current: None,
+            last: None,
+            gap: false,
+            held: None,
             since,
         };
         reader.open_files(0)?;
@@ -69,23 +80,36 @@ impl RunReader {
     }
 
     /// The next entries; none means that there are no more just now.
-    pub fn batch(&mut self) -> io::Result<Vec<LogEntry>> {
-        let mut batch = Vec::new();
-        while batch.len() < BATCH
+    pub fn batch(&mut self) -> io::Result<LogBatch> {
+        let mut batch = LogBatch::default();
+        let mut cost = 0;
+        if let Some(entry) = self.held.take() {
+            batch.gap = std::mem::take(&mut self.gap);
+            cost += entry.line.len() + ENTRY_COST;
+            batch.entries.push(entry);
+        }
+        while cost < BATCH
             && let Some(entry) = self.next_entry()?
         {
-            batch.push(entry);
+            if self.gap && !batch.entries.is_empty() {
+                self.held = Some(entry);
+                break;
+            }
+            batch.gap |= std::mem::take(&mut self.gap);
+            cost += entry.line.len() + ENTRY_COST;
+            batch.entries.push(entry);
         }
         Ok(batch)
     }
 
     fn next_entry(&mut self) -> io::Result<Option<LogEntry>> {
         loop {
-            if self.current.is_none() {
-                self.current = self
-                    .opened
-                    .pop_front()
-                    .map(|(number, file)| (number, BufReader::new(file)));
+            if self.current.is_none()
+                && let Some((number, file)) = self.opened.pop_front()
+            {
+                self.gap |= self.last.is_some_and(|last| number > last + 1);
+                self.last = Some(number);
+                self.current = Some((number, BufReader::new(file)));
             }
             let Some((number, file)) = &mut self.current else {
                 self.open_files(0)?;
@@ -165,10 +189,10 @@ mod tests {
         let mut text = Vec::new();
         loop {
             let batch = reader.batch().unwrap();
-            if batch.is_empty() {
+            if batch.entries.is_empty() {
                 return String::from_utf8(text).unwrap();
             }
-            text.extend(batch.into_iter().flat_map(|entry| entry.line));
+            text.extend(batch.entries.into_iter().flat_map(|entry| entry.line));
         }
     }
 
@@ -274,6 +298,45 @@ mod tests {
             let read = all(&mut reader.unwrap());
             assert!(read.ends_with("the end\n"), "{read}");
         }
+    }
+
+    #[test]
+    fn a_reader_that_was_overtaken_is_told_where_entries_are_missing() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut writer = RunWriter::with_limit(folder.path(), 300).unwrap();
+        let mut lines = 0..;
+        write(&mut writer, 1, "first\n");
+        let mut reader = RunReader::open(folder.path(), None, None).unwrap();
+        flood(&mut writer, folder.path(), &mut lines);
+        flood(&mut writer, folder.path(), &mut lines);
+        let (before, after) = (reader.batch().unwrap(), reader.batch().unwrap());
+        assert_eq!((before.gap, after.gap), (false, true));
+        assert_eq!(before.entries[0].line, b"first\n");
+        let kept = RunReader::open(folder.path(), None, None).unwrap().batch().unwrap();
+        assert_eq!((after.entries, kept.gap), (kept.entries, false));
+        assert!(reader.batch().unwrap().entries.is_empty());
+    }
+
+    #[test]
+    fn a_batch_is_bounded_whether_lines_are_long_or_empty() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut writer = RunWriter::open(folder.path()).unwrap();
+        write(&mut writer, 1, &"\n".repeat(5000));
+        write(&mut writer, 1, &"x".repeat(200_000));
+        let mut reader = RunReader::open(folder.path(), None, None).unwrap();
+        let (mut entries, mut batches) = (0, 0);
+        loop {
+            let batch = reader.batch().unwrap().entries;
+            if batch.is_empty() {
+                break;
+            }
+            let cost: usize = batch.iter().map(|entry| entry.line.len() + ENTRY_COST).sum();
+            assert!(cost < BATCH + cri::MAX_TEXT + 2 * ENTRY_COST, "{cost}");
+            entries += batch.len();
+            batches += 1;
+        }
+        assert_eq!(entries, 5000 + 200_000_usize.div_ceil(cri::MAX_TEXT));
+        assert!((8..12).contains(&batches), "{batches}");
     }
 
     #[test]

@@ -221,4 +221,24 @@ mod tests {
         drop(writer);
         assert_eq!(RunWriter::open(folder.path()).unwrap().offset(), 500 * 32);
     }
+
+    #[test]
+    #[ignore = "a measurement, best of an optimised build: cargo test --release -p flint-agent --lib how_fast -- --ignored --nocapture"]
+    fn how_fast_a_log_is_written() {
+        const TOTAL: usize = 512 << 20;
+        for length in [28, 200] {
+            let folder = tempfile::tempdir().unwrap();
+            let mut writer = RunWriter::open(folder.path()).unwrap();
+            // As the guest gives it.
+            let chunk: Vec<u8> = (1..=32 << 10)
+                .map(|place| if place % length == 0 { b'\n' } else { b'x' })
+                .collect();
+            let begun = std::time::Instant::now();
+            while writer.offset() < TOTAL as u64 {
+                writer.append(writer.offset(), 1, OUT, &chunk).unwrap();
+            }
+            let rate = writer.offset() as f64 / begun.elapsed().as_secs_f64() / 1e6;
+            println!("lines of {length} bytes: {rate:.0} MB/s of output");
+        }
+    }
 }

@@ -6,7 +6,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use flint_api::{guest, host};
+use flint_api::{guest, host, vmm::ExitReason};
 use tokio::{
     sync::mpsc,
     task::{AbortHandle, JoinSet},
@@ -15,14 +15,15 @@ use tracing::{info, warn};
 
 use super::{
     Context, PodRecord,
+    attached::Attached,
     machine::{Action, Event, Life, Machine, StepError, Timer},
-    output::{Attached, attached},
     process,
     run::{Run, guest_id, signal},
+    steps::{launch, pull, registry},
     timestamp,
 };
 use crate::{
-    backend::{Identity, ImageError, PullOrder, Sandbox, SandboxPlan, TakeOver},
+    backend::{Identity, Sandbox, SandboxExit, SandboxPlan, TakeOver},
     timeline::Timeline,
 };
 
@@ -104,7 +105,7 @@ impl Actor {
         let pod = record.pod.clone().unwrap_or_default();
         let spec = Arc::new(pod.spec.unwrap_or_default());
         let (sender, inputs) = mpsc::channel(QUEUE);
-        let containers = spec.containers.iter().map(|_| (0, false, attached())).collect();
+        let containers = spec.containers.iter().map(|_| (0, false, Attached::new())).collect();
         let live = Arc::new(Mutex::new(Live {
             sandbox: None,
             containers,
@@ -159,7 +160,8 @@ impl Actor {
     async fn input(&mut self, input: Input) {
         match input {
             Input::Event(event) => {
-                if let Event::SandboxGone(_) = event {
+                if let Event::SandboxGone(exit) = &event {
+                    self.note_end(exit);
                     self.sandbox = None;
                     self.record.sandbox_id.clear();
                 }
@@ -184,6 +186,16 @@ impl Actor {
                 self.publish().await;
             }
             Input::Refresh => self.publish().await,
+        }
+    }
+
+    /// Says why a sandbox ended that nobody had asked to: the pod's status is gone with the pod, the daemon's log is not.
+    fn note_end(&self, exit: &SandboxExit) {
+        let (uid, sandbox) = (&self.uid, &self.record.sandbox_id);
+        if matches!(exit.reason, ExitReason::Poweroff | ExitReason::Stopped) {
+            info!(uid, sandbox, %exit, "sandbox ended");
+        } else {
+            warn!(uid, sandbox, %exit, "sandbox failed");
         }
     }
 
@@ -463,8 +475,8 @@ impl Actor {
                     }
                 }
                 Ok(TakeOver::Ended(exit)) => exit,
-                Err(error) => crate::backend::SandboxExit {
-                    reason: flint_api::vmm::ExitReason::Killed,
+                Err(error) => SandboxExit {
+                    reason: ExitReason::Killed,
                     detail: format!("it could not be taken over: {error}"),
                 },
             };
@@ -530,103 +542,6 @@ async fn follow(run: &Run, sender: mpsc::Sender<Input>) -> Option<Input> {
         run: run.run,
         exit,
     }))
-}
-
-/// The digest of a container's image, pulled if its policy says so.
-async fn pull(
-    context: &Context,
-    container: &host::Container,
-    credentials: Option<host::RegistryCredentials>,
-) -> Result<String, StepError> {
-    let policy = pull_policy(container);
-    let reference = container.image.clone();
-    let result = if policy == host::ImagePullPolicy::PullNever {
-        match context.images.get(&reference).await {
-            Ok(Some(image)) => Ok(image),
-            Ok(None) => {
-                let message = format!("Container image \"{reference}\" is not present with pull policy of Never");
-                return Err(StepError::new("ErrImageNeverPull", message));
-            }
-            Err(error) => Err(error),
-        }
-    } else {
-        let if_not_present = policy == host::ImagePullPolicy::PullIfNotPresent;
-        // Nobody looks at a pod's pull progress; a closed channel is what the store expects then.
-        let (progress, _) = mpsc::channel(1);
-        context
-            .images
-            .pull(
-                PullOrder {
-                    reference,
-                    credentials,
-                    if_not_present,
-                },
-                progress,
-            )
-            .await
-    };
-    context.metrics.pulled(result.is_ok());
-    result.map(|image| image.image.digest).map_err(|error| {
-        let reason = match error {
-            ImageError::Invalid(_) => "InvalidImageName",
-            _ => "ErrImagePull",
-        };
-        StepError::new(reason, error.to_string())
-    })
-}
-
-/// As Kubernetes defaults it: always for `latest` or no tag, else if not present.
-fn pull_policy(container: &host::Container) -> host::ImagePullPolicy {
-    match container.image_pull_policy() {
-        host::ImagePullPolicy::Unspecified => {
-            let name = container.image.rsplit('/').next().unwrap_or_default();
-            let floating = !container.image.contains('@') && (!name.contains(':') || name.ends_with(":latest"));
-            if floating {
-                host::ImagePullPolicy::PullAlways
-            } else {
-                host::ImagePullPolicy::PullIfNotPresent
-            }
-        }
-        said => said,
-    }
-}
-
-/// The registry's host in a reference.
-fn registry(reference: &str) -> &str {
-    match reference.split_once('/') {
-        Some((host, _)) if host.contains(['.', ':']) || host == "localhost" => host,
-        _ => "docker.io",
-    }
-}
-
-async fn launch(context: &Context, plan: SandboxPlan, timeline: Timeline) -> Result<Arc<dyn Sandbox>, StepError> {
-    let failed = |message: String| StepError::new("FailedCreatePodSandBox", message);
-    let images = plan.images.len();
-    let begun = std::time::Instant::now();
-    let sandbox = context
-        .sandboxes
-        .launch(plan, timeline.clone())
-        .await
-        .map_err(|error| failed(error.to_string()))?;
-    let stage = timeline.begin("guest.images");
-    for number in 0..images {
-        let id = format!("image-{number}");
-        let request = guest::MountImageRequest {
-            image_id: id.clone(),
-            disk_serial: id.clone(),
-        };
-        if let Err(status) = sandbox.guest().mount_image(request).await {
-            sandbox.kill().await;
-            let exit = sandbox.exited().await;
-            return Err(failed(format!(
-                "mounting {id} in the guest: {}; {exit}",
-                status.message()
-            )));
-        }
-    }
-    stage.end();
-    context.metrics.launched(begun.elapsed(), &timeline);
-    Ok(sandbox)
 }
 
 /// 16 hex digits that no other sandbox of this host has, short enough for a socket's path.

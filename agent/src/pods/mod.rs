@@ -5,14 +5,17 @@
 
 mod actor;
 pub mod admission;
+pub mod attached;
 mod backoff;
 mod container;
 pub mod journal;
 pub mod machine;
-pub mod output;
+mod output;
 mod process;
 mod record;
+mod retry;
 mod run;
+mod steps;
 pub mod validate;
 
 use std::{
@@ -38,8 +41,8 @@ use crate::{
 };
 use actor::{Actor, Command, Handle};
 use admission::{Ledger, Shortage, Sizing};
+use attached::Attached;
 use journal::Journal;
-use output::Attached;
 use validate::Violation;
 
 /// Between TERM and KILL, where the pod does not say.
@@ -153,7 +156,9 @@ pub struct RunningContainer {
     pub sandbox: Arc<dyn Sandbox>,
     /// What the guest calls it.
     pub guest_id: String,
-    /// Its output from now on.
+    /// Which run it is.
+    pub run: u32,
+    /// Its output.
     pub output: Attached,
     /// As the pod asked for it.
     pub spec: host::Container,
@@ -429,6 +434,7 @@ impl Pods {
         Ok(RunningContainer {
             sandbox,
             guest_id: run::guest_id(&spec.name, *run),
+            run: *run,
             output: output.clone(),
             spec,
         })

@@ -1,42 +1,28 @@
 //! Carries a container's output from the guest into its log, and to those who are attached.
+//!
+//! The guest keeps what was not acknowledged, and only what the log has is acknowledged: whatever fails on the way holds the
+//! container up and loses nothing. Output is over when the guest says so, or when the sandbox has ended; no clock ends it.
 
 use std::{
+    io,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
-    time::Duration,
 };
 
 use flint_api::{guest, host::OutputStream};
-use tokio::{sync::broadcast, task::spawn_blocking};
-use tonic::Status;
-use tracing::warn;
+use thiserror::Error;
+use tokio::task::{JoinError, spawn_blocking};
+use tonic::{Code, Status};
+use tracing::{error, warn};
 
+use super::{
+    attached::{Attached, Piece},
+    retry::Retry,
+};
 use crate::{
     backend::Sandbox,
     logs::{Logs, RunWriter},
     metrics::Metrics,
 };
-
-/// Chunks kept for attached clients that are slower than the container.
-const ATTACH_BACKLOG: usize = 256;
-/// Between two tries to reach a guest that should be there.
-const RETRY: Duration = Duration::from_secs(1);
-
-/// A piece of output for attached clients.
-#[derive(Clone, Debug)]
-pub struct Piece {
-    /// Which of the two.
-    pub stream: OutputStream,
-    /// The bytes; shared by all clients.
-    pub data: Arc<[u8]>,
-}
-
-/// Sends a container's output to whoever is attached.
-pub type Attached = broadcast::Sender<Piece>;
-
-/// A sender that nobody listens to yet.
-pub fn attached() -> Attached {
-    broadcast::Sender::new(ATTACH_BACKLOG)
-}
 
 /// One run's output on its way.
 pub(super) struct Pump {
@@ -45,34 +31,74 @@ pub(super) struct Pump {
     pub(super) metrics: Arc<Metrics>,
     pub(super) uid: String,
     pub(super) container: String,
+    pub(super) run: u32,
     pub(super) guest_id: String,
     pub(super) attached: Attached,
 }
 
+/// Why output does not flow.
+#[derive(Debug, Error)]
+enum PumpError {
+    #[error("opening the container's log")]
+    Open(#[source] io::Error),
+    #[error("writing the container's log")]
+    Write(#[source] io::Error),
+    #[error("reading the output from the guest: {}", .0.message())]
+    Guest(#[from] Status),
+    #[error("the thread that writes the log")]
+    Thread(#[from] JoinError),
+}
+
+impl PumpError {
+    /// The guest has not what it must have by its contract: no try will find it.
+    fn is_for_good(&self) -> bool {
+        let codes = [Code::NotFound, Code::OutOfRange, Code::InvalidArgument];
+        matches!(self, Self::Guest(status) if codes.contains(&status.code()))
+    }
+}
+
 impl Pump {
     /// Runs until the output is over or the sandbox is gone. `first` is called at the first byte.
-    pub(super) async fn run(self, writer: RunWriter, first: impl FnOnce()) {
-        let writer = Arc::new(Mutex::new(writer));
+    pub(super) async fn run(&self, first: impl FnOnce()) {
         let mut first = Some(first);
-        loop {
-            match self.stream(&writer, &mut first).await {
-                Ok(true) => {}
-                Ok(false) => return,
-                Err(status) => {
-                    // The guest may have been restored or be busy; its end is told by the sandbox.
-                    tokio::select! {
-                        _ = self.sandbox.exited() => return,
-                        () = tokio::time::sleep(RETRY) => {}
-                    }
-                    let (uid, container) = (&self.uid, &self.container);
-                    warn!(uid, container, %status, "reading output failed, trying again");
-                }
+        let mut writer = None;
+        let mut retry = Retry::default();
+        while let Err(failure) = self.carry(&mut writer, &mut retry, &mut first).await {
+            let (uid, container) = (&self.uid, &self.container);
+            if failure.is_for_good() {
+                error!(uid, container, error = %crate::chain(&failure), "output is lost, ending the sandbox");
+                self.sandbox.kill().await;
+                self.sandbox.exited().await;
+                return;
             }
+            if !retry.again(&*self.sandbox).await {
+                return;
+            }
+            warn!(uid, container, error = %crate::chain(&failure), "the output is held up, trying again");
         }
     }
 
+    async fn carry(
+        &self,
+        writer: &mut Option<Shared>,
+        retry: &mut Retry,
+        first: &mut Option<impl FnOnce()>,
+    ) -> Result<(), PumpError> {
+        let writer = match writer {
+            Some(writer) => writer,
+            None => {
+                let opened = self.logs.begin(&self.uid, &self.container, self.run);
+                writer.insert(Arc::new(Mutex::new(opened.map_err(PumpError::Open)?)))
+            }
+        };
+        while self.stream(writer, first).await? {
+            retry.worked();
+        }
+        Ok(())
+    }
+
     /// Reads one stream to its end; false when it brought nothing, which says that the output is over.
-    async fn stream(&self, writer: &Shared, first: &mut Option<impl FnOnce()>) -> Result<bool, Status> {
+    async fn stream(&self, writer: &Shared, first: &mut Option<impl FnOnce()>) -> Result<bool, PumpError> {
         let request = guest::ReadOutputRequest {
             container_id: self.guest_id.clone(),
             from_offset: lock(writer).offset(),
@@ -91,14 +117,12 @@ impl Pump {
             if let Some(first) = first.take() {
                 first();
             }
-            // Nobody may be attached.
-            let _ = self.attached.send(Piece { stream, data });
+            let run = self.run;
+            self.attached.send(Piece { run, stream, data });
         }
         Ok(any)
     }
 
-    /// Appends a chunk. A disk that does not take it holds the container up rather than lose it: the guest keeps what was
-    /// not acknowledged.
     async fn write(
         &self,
         writer: &Shared,
@@ -106,13 +130,12 @@ impl Pump {
         time_ns: u64,
         stream: OutputStream,
         data: Arc<[u8]>,
-    ) -> Result<(), Status> {
+    ) -> Result<(), PumpError> {
         self.metrics.log_bytes.inc_by(data.len() as u64);
         let writer = writer.clone();
         spawn_blocking(move || lock(&writer).append(offset, time_ns, stream, &data))
-            .await
-            .map_err(|error| Status::internal(error.to_string()))?
-            .map_err(|error| Status::internal(format!("writing the log: {error}")))?;
+            .await?
+            .map_err(PumpError::Write)?;
         self.logs.wrote(&self.uid, &self.container);
         Ok(())
     }

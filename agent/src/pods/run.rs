@@ -1,26 +1,16 @@
 //! One run of a container in the guest: create, start, carry its output, wait for its end.
 
-use std::{collections::HashMap, sync::Arc, time::Duration};
+use std::{collections::HashMap, sync::Arc};
 
 use flint_api::{guest, host};
 use tonic::{Code, Status};
 use tracing::warn;
 
-use super::{
-    Context,
-    machine::StepError,
-    output::{Attached, Pump},
-    process,
-};
+use super::{Context, attached::Attached, machine::StepError, output::Pump, process, retry::Retry};
 use crate::{backend::Sandbox, timeline::Timeline};
 
-/// How long the output may take to come to its end after the container's: a process that left the container can hold the
-/// pipe open.
-const OUTPUT_PATIENCE: Duration = Duration::from_secs(5);
-/// Between two tries to reach a guest that should be there.
-const RETRY: Duration = Duration::from_secs(1);
-/// Tries until a guest that does not answer is given up.
-const TRIES: u32 = 5;
+/// Tries until a guest that does not answer is given up: about 6 s of pauses.
+const TRIES: u32 = 6;
 
 /// A run.
 pub(super) struct Run {
@@ -143,49 +133,24 @@ impl Run {
 
     /// Waits for the end of a container that was started, and of its output. `None`: the sandbox went first.
     pub(super) async fn finish(&self, first: impl FnOnce() + Send + 'static) -> Option<guest::ContainerExit> {
-        let name = self.container().name.clone();
-        let id = guest_id(&name, self.run);
-        let pump = match self.context.logs.begin(&self.uid, &name, self.run) {
-            Ok(writer) => {
-                let pump = Pump {
-                    sandbox: self.sandbox.clone(),
-                    logs: self.context.logs.clone(),
-                    metrics: self.context.metrics.clone(),
-                    uid: self.uid.clone(),
-                    container: name.clone(),
-                    guest_id: id.clone(),
-                    attached: self.attached.clone(),
-                };
-                Some(pump.run(writer, first))
-            }
-            Err(error) => {
-                warn!(uid = self.uid, container = name, %error, "the log cannot be opened, output is not kept");
-                None
-            }
+        let pump = Pump {
+            sandbox: self.sandbox.clone(),
+            logs: self.context.logs.clone(),
+            metrics: self.context.metrics.clone(),
+            uid: self.uid.clone(),
+            container: self.container().name.clone(),
+            run: self.run,
+            guest_id: guest_id(&self.container().name, self.run),
+            attached: self.attached.clone(),
         };
-        let pump = async {
-            if let Some(pump) = pump {
-                pump.await;
-            }
-        };
-        tokio::pin!(pump);
-        let exit = self.wait(&id);
-        tokio::pin!(exit);
-        let exit = tokio::select! {
-            exit = &mut exit => {
-                // Polled to its end, or until patience is over.
-                if tokio::time::timeout(OUTPUT_PATIENCE, &mut pump).await.is_err() {
-                    warn!(uid = self.uid, container = name, "the output did not end with the container");
-                }
-                exit
-            }
-            () = &mut pump => exit.await,
-        };
+        let (exit, ()) = tokio::join!(self.wait(&pump.guest_id), pump.run(first));
+        self.attached.end(self.run, exit.clone());
         exit
     }
 
     async fn wait(&self, container_id: &str) -> Option<guest::ContainerExit> {
-        for attempt in 1.. {
+        let mut retry = Retry::default();
+        loop {
             let request = guest::WaitContainerRequest {
                 container_id: container_id.to_owned(),
             };
@@ -193,18 +158,16 @@ impl Run {
                 Ok(exit) => return Some(exit.into_inner()),
                 Err(status) => status,
             };
-            if attempt == TRIES || status.code() == Code::NotFound {
+            if status.code() == Code::NotFound || retry.failures() == TRIES {
                 warn!(uid = self.uid, container_id, %status, "the guest cannot be asked any more, ending the sandbox");
                 self.sandbox.kill().await;
                 self.sandbox.exited().await;
                 return None;
             }
-            tokio::select! {
-                _ = self.sandbox.exited() => return None,
-                () = tokio::time::sleep(RETRY) => {}
+            if !retry.again(&*self.sandbox).await {
+                return None;
             }
         }
-        None
     }
 }
 

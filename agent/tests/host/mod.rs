@@ -178,6 +178,28 @@ impl Host {
         found.unwrap_or_else(|| panic!("no pod {name} in {pods}")).clone()
     }
 
+    /// A pod's log as it grows: its lines, to be taken within [`LIMIT`] each, and `flint` itself.
+    pub fn follow(&self, name: &str) -> (Child, mpsc::Receiver<String>) {
+        let mut child = self
+            .command(["logs", "-f", name])
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .expect("it starts");
+        let lines = lines_of(child.stdout.take().expect("piped"));
+        (child, lines)
+    }
+
+    /// The most memory that flintd has had, in KiB.
+    pub fn daemon_peak(&self) -> u64 {
+        peak(i32::try_from(self.daemon.as_ref().expect("flintd runs").id()).expect("a pid"))
+    }
+
+    /// How many files flintd has open.
+    pub fn daemon_files(&self) -> usize {
+        files(i32::try_from(self.daemon.as_ref().expect("flintd runs").id()).expect("a pid"))
+    }
+
     /// Process ids of this host's VMMs.
     pub fn vmms(&self) -> Vec<i32> {
         let marker = self.path("run");
@@ -253,6 +275,22 @@ fn processes(name: &str) -> Vec<(i32, PathBuf)> {
         .filter(|pid: &i32| fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|comm| comm.trim() == name))
         .map(|pid| (pid, fs::read_link(format!("/proc/{pid}/fd/2")).unwrap_or_default()))
         .collect()
+}
+
+/// The most memory that a process has had, in KiB.
+pub fn peak(pid: i32) -> u64 {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).expect("it is there");
+    let line = status.lines().find(|line| line.starts_with("VmHWM:")).expect("proc(5)");
+    line.split_whitespace()
+        .nth(1)
+        .expect("a size")
+        .parse()
+        .expect("a number")
+}
+
+/// How many files a process has open.
+pub fn files(pid: i32) -> usize {
+    names_in(&format!("/proc/{pid}/fd")).count()
 }
 
 pub fn kill(pid: i32) {

@@ -3,7 +3,10 @@
 use std::{
     collections::{BTreeMap, HashSet},
     path::PathBuf,
-    sync::{Arc, Mutex},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicU32, Ordering},
+    },
 };
 
 use flint_api::{
@@ -46,6 +49,7 @@ pub(super) struct ScriptedGuest {
     containers: Arc<watch::Sender<BTreeMap<String, Container>>>,
     created: Arc<Mutex<Vec<guest::CreateContainerRequest>>>,
     end: Arc<watch::Sender<Option<SandboxExit>>>,
+    failures: Arc<AtomicU32>,
 }
 
 impl ScriptedGuest {
@@ -61,6 +65,23 @@ impl ScriptedGuest {
         };
         self.containers
             .send_modify(|all| all.entry(id.into()).or_default().exit = Some(exit));
+    }
+
+    /// Writes and ends in one step, so that nobody sees one without the other.
+    pub(super) fn print_and_exit(&self, id: &str, text: &str, exit_code: u32) {
+        self.containers.send_modify(|all| {
+            let container = all.entry(id.into()).or_default();
+            container.output.extend(text.as_bytes());
+            container.exit = Some(guest::ContainerExit {
+                exit_code,
+                ..Default::default()
+            });
+        });
+    }
+
+    /// The next so many readings of output break off after they have begun.
+    pub(super) fn fail_readings(&self, count: u32) {
+        self.failures.store(count, Ordering::Relaxed);
     }
 
     pub(super) fn die(&self, reason: ExitReason) {
@@ -176,6 +197,15 @@ impl Guest for ScriptedGuest {
             .until(&container_id, |c| c.output.len() > from || c.exit.is_some())
             .await?;
         let (out, chunks) = mpsc::channel(1);
+        let failing = |left: u32| left.checked_sub(1);
+        if self
+            .failures
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, failing)
+            .is_ok()
+        {
+            out.send(Err(Status::unavailable("broke off"))).await.unwrap();
+            return Ok(Response::new(ReceiverStream::new(chunks)));
+        }
         if let Some(data) = found.output.get(from..).filter(|data| !data.is_empty()) {
             let stream = guest::output_chunk::Stream::Stdout.into();
             let chunk = guest::OutputChunk {

@@ -3,7 +3,7 @@
 use std::io;
 
 use clap::Args;
-use flint_api::host::{LogEntry, LogsRequest, OutputStream};
+use flint_api::host::{LogBatch, LogEntry, LogsRequest, OutputStream};
 use prost_types::Timestamp;
 
 use crate::client::Client;
@@ -51,30 +51,53 @@ impl Logs {
             previous: self.previous,
             limit_bytes: self.limit_bytes,
         };
-        let mut entries = client.streams().logs(request).await?.into_inner();
-        while let Some(entry) = entries.message().await? {
+        let mut batches = client.streams().log_batches(request).await?.into_inner();
+        while let Some(batch) = batches.message().await? {
             if format == Format::Json {
-                output::print_json("LogEntry", &entry)?;
+                say_gap(&batch);
+                for entry in &batch.entries {
+                    output::print_json("LogEntry", entry)?;
+                }
             } else {
-                print(&entry, self.timestamps)?;
+                print(&batch, self.timestamps)?;
             }
         }
         Ok(0)
     }
 }
 
-/// To standard output what the container wrote to its own, to standard error the same.
-pub fn print(entry: &LogEntry, timestamps: bool) -> Result<(), Failure> {
-    let mut line = Vec::with_capacity(entry.line.len() + 32);
-    if let (true, Some(time)) = (timestamps, entry.time.as_ref()) {
-        line.extend_from_slice(time.to_string().as_bytes());
-        line.push(b' ');
+/// To standard output what the container wrote to its own, to standard error the same; one write for what follows one
+/// another on the same.
+pub fn print(batch: &LogBatch, timestamps: bool) -> Result<(), Failure> {
+    say_gap(batch);
+    for entries in batch.entries.chunk_by(|one, next| one.stream == next.stream) {
+        let mut text = Vec::new();
+        for entry in entries {
+            append(&mut text, entry, timestamps);
+        }
+        if entries
+            .first()
+            .is_some_and(|entry| entry.stream() == OutputStream::Stderr)
+        {
+            output::write_out(&mut io::stderr().lock(), &text)?;
+        } else {
+            output::write_out(&mut io::stdout().lock(), &text)?;
+        }
     }
-    line.extend_from_slice(&entry.line);
-    if entry.stream() == OutputStream::Stderr {
-        output::write_out(&mut io::stderr().lock(), &line)
-    } else {
-        output::write_out(&mut io::stdout().lock(), &line)
+    Ok(())
+}
+
+fn append(text: &mut Vec<u8>, entry: &LogEntry, timestamps: bool) {
+    if let (true, Some(time)) = (timestamps, entry.time.as_ref()) {
+        text.extend_from_slice(time.to_string().as_bytes());
+        text.push(b' ');
+    }
+    text.extend_from_slice(&entry.line);
+}
+
+fn say_gap(batch: &LogBatch) {
+    if batch.gap {
+        eprintln!("flint: a part of the log was rotated away before it could be read");
     }
 }
 

@@ -201,9 +201,9 @@ impl Run {
             follow: true,
             ..LogsRequest::default()
         };
-        let mut entries = client.streams().logs(request).await?.into_inner();
-        while let Some(entry) = entries.message().await? {
-            logs::print(&entry, false)?;
+        let mut batches = client.streams().log_batches(request).await?.into_inner();
+        while let Some(batch) = batches.message().await? {
+            logs::print(&batch, false)?;
         }
         Ok(())
     }

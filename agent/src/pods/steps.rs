@@ -1,0 +1,113 @@
+//! The slow steps of a pod's start, without its state: an image is pulled, a sandbox launched.
+
+use std::sync::Arc;
+
+use flint_api::{guest, host};
+use tokio::sync::mpsc;
+
+use super::{Context, machine::StepError};
+use crate::{
+    backend::{ImageError, PullOrder, Sandbox, SandboxPlan},
+    timeline::Timeline,
+};
+
+/// The digest of a container's image, pulled if its policy says so.
+pub(super) async fn pull(
+    context: &Context,
+    container: &host::Container,
+    credentials: Option<host::RegistryCredentials>,
+) -> Result<String, StepError> {
+    let policy = pull_policy(container);
+    let reference = container.image.clone();
+    let result = if policy == host::ImagePullPolicy::PullNever {
+        match context.images.get(&reference).await {
+            Ok(Some(image)) => Ok(image),
+            Ok(None) => {
+                let message = format!("Container image \"{reference}\" is not present with pull policy of Never");
+                return Err(StepError::new("ErrImageNeverPull", message));
+            }
+            Err(error) => Err(error),
+        }
+    } else {
+        let if_not_present = policy == host::ImagePullPolicy::PullIfNotPresent;
+        // Nobody looks at a pod's pull progress; a closed channel is what the store expects then.
+        let (progress, _) = mpsc::channel(1);
+        context
+            .images
+            .pull(
+                PullOrder {
+                    reference,
+                    credentials,
+                    if_not_present,
+                },
+                progress,
+            )
+            .await
+    };
+    context.metrics.pulled(result.is_ok());
+    result.map(|image| image.image.digest).map_err(|error| {
+        let reason = match error {
+            ImageError::Invalid(_) => "InvalidImageName",
+            _ => "ErrImagePull",
+        };
+        StepError::new(reason, error.to_string())
+    })
+}
+
+/// As Kubernetes defaults it: always for `latest` or no tag, else if not present.
+fn pull_policy(container: &host::Container) -> host::ImagePullPolicy {
+    match container.image_pull_policy() {
+        host::ImagePullPolicy::Unspecified => {
+            let name = container.image.rsplit('/').next().unwrap_or_default();
+            let floating = !container.image.contains('@') && (!name.contains(':') || name.ends_with(":latest"));
+            if floating {
+                host::ImagePullPolicy::PullAlways
+            } else {
+                host::ImagePullPolicy::PullIfNotPresent
+            }
+        }
+        said => said,
+    }
+}
+
+/// The registry's host in a reference.
+pub(super) fn registry(reference: &str) -> &str {
+    match reference.split_once('/') {
+        Some((host, _)) if host.contains(['.', ':']) || host == "localhost" => host,
+        _ => "docker.io",
+    }
+}
+
+pub(super) async fn launch(
+    context: &Context,
+    plan: SandboxPlan,
+    timeline: Timeline,
+) -> Result<Arc<dyn Sandbox>, StepError> {
+    let failed = |message: String| StepError::new("FailedCreatePodSandBox", message);
+    let images = plan.images.len();
+    let begun = std::time::Instant::now();
+    let sandbox = context
+        .sandboxes
+        .launch(plan, timeline.clone())
+        .await
+        .map_err(|error| failed(error.to_string()))?;
+    let stage = timeline.begin("guest.images");
+    for number in 0..images {
+        let id = format!("image-{number}");
+        let request = guest::MountImageRequest {
+            image_id: id.clone(),
+            disk_serial: id.clone(),
+        };
+        if let Err(status) = sandbox.guest().mount_image(request).await {
+            sandbox.kill().await;
+            let exit = sandbox.exited().await;
+            return Err(failed(format!(
+                "mounting {id} in the guest: {}; {exit}",
+                status.message()
+            )));
+        }
+    }
+    stage.end();
+    context.metrics.launched(begun.elapsed(), &timeline);
+    Ok(sandbox)
+}
