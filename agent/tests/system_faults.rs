@@ -165,6 +165,7 @@ fn a_flood_of_long_lines_comes_whole_and_in_order() {
 }
 
 #[test]
+#[ignore = "the guest's kernel was seen to panic in it on the emulated host, and nobody knows why yet"]
 fn a_flood_of_short_lines_comes_whole_and_in_order() {
     // Seven columns of number, a space, 19 letters, a newline.
     let program = "yes abcdefghijklmnopqrs | head -n 1150000 | awk '{ printf \"%7d %s\\n\", NR, $0 }'; echo the end";
