@@ -68,6 +68,11 @@ pub trait AnyDevice: Send {
     /// # Errors
     /// The device cannot go on.
     fn resume(&self) -> Result<(), DeviceError>;
+    /// Lets it go on, without waiting for it.
+    ///
+    /// # Errors
+    /// The device's thread has ended.
+    fn begin(&self) -> Result<(), DeviceError>;
     /// What went wrong so far, by name.
     fn counters(&self) -> Vec<(&'static str, u64)>;
     /// Saves the device, which must be paused.
@@ -142,6 +147,10 @@ impl<D: Device> AnyDevice for Slot<D> {
 
     fn resume(&self) -> Result<(), DeviceError> {
         self.handle.resume()
+    }
+
+    fn begin(&self) -> Result<(), DeviceError> {
+        self.handle.begin()
     }
 
     fn counters(&self) -> Vec<(&'static str, u64)> {

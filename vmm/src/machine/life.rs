@@ -155,7 +155,7 @@ impl Parked {
     /// Lets the guest go on, and its time.
     ///
     /// # Errors
-    /// A device cannot go on, or KVM refuses the clock; nothing has run.
+    /// KVM refuses the clock, or a vCPU's thread is gone; nothing has run.
     pub fn claim(self) -> Result<Running, (Self, Error)> {
         match self.machine.claim(&self.time) {
             Ok(()) => Ok(Running { machine: self.machine }),

@@ -28,6 +28,7 @@ use crate::acpi::{self, VirtioWindow};
 use crate::boot::{self, Entry};
 use crate::bus::{self, Bus};
 use crate::dial::Dialer;
+use crate::exit::ExitLatch;
 use crate::jail::ThreadsFor;
 use crate::memory::{self, GuestMemory};
 use crate::platform::generation::{self, Generation};
@@ -153,6 +154,7 @@ pub struct Machine {
     memory: GuestMemory,
     shape: CreateMachine,
     host: Host,
+    exit: ExitLatch,
     vm: VmFd,
 }
 
@@ -214,6 +216,7 @@ impl Machine {
             memory,
             shape: config.shape.clone(),
             host: host_facts,
+            exit: shell.exit.clone(),
             vm,
         })
     }
@@ -339,13 +342,9 @@ impl Machine {
     }
 
     fn resume(&self) -> Result<(), Error> {
-        self.resume_devices()?;
-        self.run()
-    }
-
-    fn resume_devices(&self) -> Result<(), Error> {
         self.devices()
-            .try_for_each(|device| device.resume().map_err(|source| named(device, source)))
+            .try_for_each(|device| device.resume().map_err(|source| named(device, source)))?;
+        self.run()
     }
 }
 

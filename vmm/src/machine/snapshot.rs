@@ -6,11 +6,13 @@
 use std::fs::File;
 use std::io;
 
-use flint_api::vmm::CreateMachine;
+use flint_api::vmm::{CreateMachine, ExitReason};
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
 use super::{Error, Machine, chipset, host, named};
+use crate::control::commands;
+use crate::exit::Exit;
 use crate::jail::Confine;
 use crate::memory::file::{self, PrivateFile};
 use crate::memory::{self, MemorySource, Range};
@@ -175,7 +177,6 @@ impl Machine {
     pub(super) fn claim(&self, time: &Time) -> Result<(), Error> {
         self.renew_generation()?;
         chipset::restore_clock(&self.vm, time.clock)?;
-        self.resume_devices()?;
         let (Some((first, others)), Some((first_time, times))) = (self.vcpus.split_first(), time.vcpus.split_first())
         else {
             return Ok(());
@@ -186,7 +187,17 @@ impl Machine {
             answer.wait()??;
         }
         first.claim(*first_time)?;
-        others.iter().try_for_each(|vcpu| Ok(vcpu.run()?))
+        let others = others.iter().try_for_each(|vcpu| Ok(vcpu.run()?));
+        // After the vCPUs, on whose way they would be: whatever the guest asks of a device until then, it finds as it begins.
+        let begun = others.and_then(|()| {
+            self.devices()
+                .try_for_each(|device| device.begin().map_err(|source| named(device, source)))
+        });
+        // The guest runs: there is no way back from here.
+        if let Err(error) = begun {
+            self.exit.set(Exit::new(ExitReason::VmmError, commands::chain(&error)));
+        }
+        Ok(())
     }
 }
 

@@ -246,3 +246,6 @@ impl Snapshot {
 fn message<M: Message + Default>(container: &Container<'_>, section: Section) -> Result<M, Error> {
     M::decode(container.section(section)).map_err(|error| bad(section, error.to_string()))
 }
+
+#[cfg(test)]
+mod tests;

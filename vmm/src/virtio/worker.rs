@@ -56,6 +56,7 @@ enum Command<D: Device> {
     Bind(D::Resource, Reply<()>),
     Pause(Reply<()>),
     Resume(Reply<()>),
+    Begin,
     Save(Reply<D::State>),
     Restore(D::State, GuestMemory, Reply<()>),
     Stop,
@@ -157,6 +158,17 @@ impl<D: Device> DeviceHandle<D> {
     /// When the device cannot go on.
     pub fn resume(&self) -> Result<(), DeviceError> {
         self.ask(Command::Resume)
+    }
+
+    /// As [`Self::resume`], without waiting for it: a device that cannot go on asks its driver for a reset, as it does at any
+    /// other time.
+    ///
+    /// # Errors
+    /// When the device's thread has ended.
+    pub fn begin(&self) -> Result<(), DeviceError> {
+        self.commands.send(Command::Begin).map_err(|_| DeviceError::Gone)?;
+        raise(&self.wake);
+        Ok(())
     }
 
     /// Saves the device, which must be paused.
@@ -300,6 +312,12 @@ impl<D: Device> Worker<D> {
                 Command::Resume(reply) => {
                     self.paused = false;
                     let _ = reply.send(self.device.resume());
+                }
+                Command::Begin => {
+                    self.paused = false;
+                    if self.device.resume().is_err() {
+                        self.fail("guest_error");
+                    }
                 }
                 Command::Save(reply) => {
                     let _ = reply.send(self.save());

@@ -18,8 +18,8 @@ pub fn named(name: &str) -> PathBuf {
     path.into()
 }
 
-/// Boots Linux on a machine with a serial line; returns what it printed and how it ended.
-pub fn boot(mut vmm: Vmm, serial: UnixStream, action: &str) -> (Vec<String>, ExitReason) {
+/// Lets Linux begin on a machine.
+pub fn start(vmm: &mut Vmm, action: &str) {
     let open = |name| File::open(named(name)).unwrap();
     let (kernel, initrd) = (open("FLINT_TEST_KERNEL"), open("FLINT_TEST_INITRD"));
     // Quiet: each byte of kernel log is an exit, which an emulated host pays dearly for.
@@ -32,6 +32,11 @@ pub fn boot(mut vmm: Vmm, serial: UnixStream, action: &str) -> (Vec<String>, Exi
         &[kernel.as_fd(), initrd.as_fd()],
     );
     vmm.ok(Command::Start(Start {}), &[]);
+}
+
+/// Boots Linux on a machine with a serial line; returns what it printed and how it ended.
+pub fn boot(mut vmm: Vmm, serial: UnixStream, action: &str) -> (Vec<String>, ExitReason) {
+    start(&mut vmm, action);
     // Printed as it comes, so that a guest that hangs shows where.
     let reader = std::thread::spawn(move || {
         let lines = BufReader::new(serial).lines().map_while(Result::ok);
