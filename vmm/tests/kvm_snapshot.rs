@@ -330,6 +330,14 @@ fn a_timer_that_was_armed_fires_in_the_clone() {
     let (mut clone, mut serial) = saved.cloned(machine(1, MEMORY));
     assert_eq!(read(&mut serial, 1), "t");
     assert_eq!(clone.end().reason(), ExitReason::Poweroff);
+
+    // It expired as the guest was stopped, and its interrupt was lost: KVM has done that.
+    let mut lost = Snapshot::decode(&saved.state()).unwrap();
+    lost.vcpus[0].time.deadline = 0;
+    fs::write(&saved.state, lost.encode()).unwrap();
+    let (mut clone, mut serial) = saved.cloned(machine(1, MEMORY));
+    assert_eq!(read(&mut serial, 1), "t");
+    assert_eq!(clone.end().reason(), ExitReason::Poweroff);
 }
 
 // ---- order

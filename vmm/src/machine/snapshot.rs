@@ -25,7 +25,10 @@ use crate::virtio::core::lock;
 pub struct Time {
     /// kvmclock, in nanoseconds.
     clock: u64,
+    /// As it was saved.
     vcpus: Vec<VcpuTime>,
+    /// What the vCPUs go on with.
+    going_on: Vec<VcpuTime>,
 }
 
 impl Machine {
@@ -145,6 +148,7 @@ impl Machine {
         let time = Time {
             clock: snapshot.clock,
             vcpus: snapshot.vcpus.iter().map(|vcpu| vcpu.time).collect(),
+            going_on: snapshot.vcpus.iter().map(|vcpu| vcpu.time_to_go_on()).collect(),
         };
         chipset::restore(&self.vm, &snapshot.chipset)?;
         let restored = self
@@ -177,7 +181,8 @@ impl Machine {
     pub(super) fn claim(&self, time: &Time) -> Result<(), Error> {
         self.renew_generation()?;
         chipset::restore_clock(&self.vm, time.clock)?;
-        let (Some((first, others)), Some((first_time, times))) = (self.vcpus.split_first(), time.vcpus.split_first())
+        let (Some((first, others)), Some((first_time, times))) =
+            (self.vcpus.split_first(), time.going_on.split_first())
         else {
             return Ok(());
         };

@@ -13,6 +13,10 @@ type Failure = (&'static str, kvm_ioctls::Error);
 
 /// Of an XSAVE area without features that a process must ask for.
 const XSAVE_WORDS: usize = 1024;
+/// The local APIC's timer: where its LVT entry is, and its mode (SDM volume 3, 11.5.4).
+const APIC_LVT_TIMER: usize = 0x320;
+const LVT_TIMER_MODE: u32 = 3 << 17;
+const LVT_DEADLINE: u32 = 2 << 17;
 const MSR_TSC: u32 = 0x10;
 const MSR_TSC_DEADLINE: u32 = 0x6e0;
 
@@ -52,6 +56,24 @@ pub struct VcpuTime {
     /// When the local APIC's timer is due, in time stamps (SDM volume 3, 11.5.4.1); 0: not armed.
     #[prost(fixed64, tag = "2")]
     pub deadline: u64,
+}
+
+impl VcpuState {
+    /// The time to go on with. A timer in deadline mode that is not armed is armed to fire at once: KVM clears the deadline when
+    /// it expires, and a vCPU that is stopped right then was seen without deadline and without interrupt, after which its guest
+    /// waits for something else to happen. To a kernel an interrupt too many is a look at its clock.
+    #[must_use]
+    pub fn time_to_go_on(&self) -> VcpuTime {
+        let mut timer = [0; 4];
+        for (byte, register) in timer.iter_mut().zip(&self.lapic.regs[APIC_LVT_TIMER..]) {
+            *byte = register.cast_unsigned();
+        }
+        let lost = u32::from_le_bytes(timer) & LVT_TIMER_MODE == LVT_DEADLINE && self.time.deadline == 0;
+        VcpuTime {
+            deadline: if lost { self.time.tsc.max(1) } else { self.time.deadline },
+            ..self.time
+        }
+    }
 }
 
 /// A vCPU in a state file. KVM's structures are part of Linux' user space ABI and go in as their bytes.
