@@ -8,6 +8,7 @@ use std::os::fd::AsFd;
 use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixListener;
 
+use common::saved::{pause_and_save, reserved};
 use common::{UID, Vmm, file, guest, machine, net, read};
 use flint_api::vmm::request::Command;
 use flint_api::vmm::*;
@@ -128,6 +129,49 @@ fn every_thread_is_filtered_and_no_descriptor_is_inherited() {
             || target.ends_with("/exit");
         assert!(number <= 2 || ours, "descriptor {number} is {target}");
     }
+}
+
+/// Each thread's name and how many filters it has.
+fn filters(vmm: &Vmm) -> Vec<(String, String)> {
+    let threads = fs::read_dir(format!("/proc/{}/task", vmm.pid)).unwrap();
+    let statuses = threads.map(|thread| fs::read_to_string(thread.unwrap().path().join("status")).unwrap());
+    let mut filters: Vec<_> = statuses
+        .map(|status| {
+            ["Name", "Seccomp_filters"]
+                .map(|name| field(&status, name).to_owned())
+                .into()
+        })
+        // KVM's own worker never leaves the kernel.
+        .filter(|(name, _): &(String, String)| !name.starts_with("kvm-"))
+        .collect();
+    filters.sort();
+    filters
+}
+
+#[test]
+fn what_only_loading_needs_is_taken_from_a_parked_clone() {
+    let mut template = running();
+    let saved = pause_and_save(&mut template);
+    let shape = CreateMachine {
+        disks: vec![DiskSlot {
+            serial: "scratch".into(),
+            read_only: false,
+            queues: 1,
+        }],
+        ..machine(2, 64 << 20)
+    };
+    let expect = |counts: [&str; 4]| {
+        let names = ["disk0", "flint-vmm", "vcpu0", "vcpu1"];
+        let pairs = names.iter().zip(counts);
+        pairs
+            .map(|(name, count)| ((*name).to_owned(), count.to_owned()))
+            .collect::<Vec<_>>()
+    };
+    let mut vmm = reserved(shape);
+    assert_eq!(filters(&vmm), expect(["2", "2", "2", "2"]));
+    saved.load(&mut vmm).unwrap();
+    // The answer comes after the main thread has narrowed itself.
+    assert_eq!(filters(&vmm), expect(["2", "3", "3", "3"]));
 }
 
 #[test]
