@@ -21,11 +21,13 @@ mod output;
 mod paths;
 mod pid1;
 mod reaper;
+mod resources;
 mod server;
 mod stats;
 mod storage;
 mod stream_fd;
 mod sys;
+mod uevent;
 
 use std::process::ExitCode;
 

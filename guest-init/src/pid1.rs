@@ -26,6 +26,7 @@ use crate::{
     reaper::Reaper,
     server::GuestService,
     storage::Storage,
+    uevent::{Seen, Uevents},
 };
 
 /// How long calls in flight may take to be answered once the machine is to go down.
@@ -98,6 +99,7 @@ async fn serve(started: Instant) -> Result<(), Fatal> {
     let service = GuestService::new(containers, storage.clone(), started, Arc::clone(&power_off));
     spawn_terminator(service.clone(), Arc::clone(&power_off))?;
 
+    spawn_rebirth(service.clone());
     let listener = VsockListener::bind(VsockAddr::new(VMADDR_CID_ANY, PORT)).map_err(Fatal::Listen)?;
     tokio::spawn(announce());
     let (closing, closed) = (Arc::clone(&power_off), Notify::new());
@@ -144,6 +146,26 @@ fn spawn_terminator(service: GuestService, power_off: Arc<Notify>) -> Result<(),
         power_off.notify_one();
     });
     Ok(())
+}
+
+/// When this machine wakes up as a clone, Linux' vmgenid driver says so: what it was is forgotten, and the host is told that
+/// it may connect. Streams from before are ended by the vsock driver, which the VMM tells on its own.
+fn spawn_rebirth(service: GuestService) {
+    let events = match Uevents::listen() {
+        Ok(events) => events,
+        // Such a machine cannot be a template; as a pod it is good.
+        Err(error) => return eprintln!("flint-init: cannot listen for a new generation id: {error}"),
+    };
+    tokio::spawn(async move {
+        while let Ok(seen) = events.wait_for("NEW_VMGENID=1").await {
+            // A loss may have held the event. To announce once too often does no harm; to forget the identity of a machine that
+            // is none but itself would.
+            if seen == Seen::Event {
+                service.forget_identity();
+            }
+            announce().await;
+        }
+    });
 }
 
 /// Tells flintd that it may connect: the listener exists by now.

@@ -6,7 +6,7 @@ use std::{
     pin::Pin,
     sync::{
         Arc,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicU64, Ordering},
     },
     time::{Duration, Instant},
 };
@@ -15,9 +15,9 @@ use flint_api::guest::{
     self as api, AdoptIdentityRequest, AdoptIdentityResponse, ContainerExit, ContainerStatus, CreateContainerRequest,
     CreateContainerResponse, DeleteContainerRequest, DeleteContainerResponse, ExecRequest, ExecResponse, InputFrame,
     ListContainersRequest, ListContainersResponse, MountImageRequest, MountImageResponse, OutputChunk,
-    ReadOutputRequest, ShutdownRequest, ShutdownResponse, SignalContainerRequest, SignalContainerResponse,
-    StartContainerRequest, StartContainerResponse, StatsRequest, StatsResponse, WaitContainerRequest,
-    WriteInputResponse, guest_server::Guest,
+    ReadOutputRequest, SetResourcesRequest, SetResourcesResponse, ShutdownRequest, ShutdownResponse,
+    SignalContainerRequest, SignalContainerResponse, StartContainerRequest, StartContainerResponse, StatsRequest,
+    StatsResponse, WaitContainerRequest, WriteInputResponse, guest_server::Guest,
 };
 use futures::{FutureExt, Stream};
 use tokio::sync::{Mutex, Notify, mpsc};
@@ -26,10 +26,11 @@ use tonic::{Request, Response, Status, Streaming};
 
 use crate::{
     container::{Container, Containers, State, nanoseconds},
-    exec, identity,
+    exec,
+    identity::{self, Generation},
     output::{self, BadOffset},
     paths::Name,
-    stats,
+    resources, stats,
     storage::Storage,
 };
 
@@ -41,6 +42,9 @@ const TERM_GRACE: Duration = Duration::from_secs(5);
 const KILL_GRACE: Duration = Duration::from_secs(5);
 /// Answers that may wait for the transport; beyond it the program waits.
 const QUEUE: usize = 4;
+
+/// No number of rebirths.
+const NEVER: u64 = u64::MAX;
 
 type Reply<T> = Result<Response<T>, Status>;
 type Answers<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
@@ -54,23 +58,40 @@ struct Parts {
     containers: Containers,
     storage: Storage,
     started: Instant,
-    adopting: Mutex<()>,
-    adopted: AtomicBool,
+    /// The generation whose identity was adopted last, if it had one; held while one is adopted.
+    generation: Mutex<Option<Generation>>,
+    /// How often this machine has become another one, by being restored.
+    rebirths: AtomicU64,
+    /// How often it had when it adopted its identity; [`NEVER`] before.
+    adopted_at: AtomicU64,
+    resizing: Mutex<()>,
     power_off: Arc<Notify>,
+}
+
+impl Parts {
+    fn has_identity(&self) -> bool {
+        self.adopted_at.load(Ordering::Relaxed) == self.rebirths.load(Ordering::Relaxed)
+    }
 }
 
 impl GuestService {
     /// `power_off` is told when the machine is to go down.
     pub fn new(containers: Containers, storage: Storage, started: Instant, power_off: Arc<Notify>) -> Self {
-        let (adopting, adopted) = (Mutex::new(()), AtomicBool::new(false));
         Self(Arc::new(Parts {
             containers,
             storage,
             started,
-            adopting,
-            adopted,
+            generation: Mutex::new(None),
+            rebirths: AtomicU64::new(0),
+            adopted_at: AtomicU64::new(NEVER),
+            resizing: Mutex::new(()),
             power_off,
         }))
+    }
+
+    /// This machine has become another one: it has no identity until it adopts one.
+    pub fn forget_identity(&self) {
+        self.0.rebirths.fetch_add(1, Ordering::Relaxed);
     }
 
     /// Ends all containers: asks, then kills.
@@ -108,14 +129,37 @@ impl Guest for GuestService {
     async fn adopt_identity(&self, request: Request<AdoptIdentityRequest>) -> Reply<AdoptIdentityResponse> {
         let parts = Arc::clone(&self.0);
         let response = to_the_end(async move {
-            let _one_at_a_time = parts.adopting.lock().await;
-            parts.adopted.store(false, Ordering::Relaxed);
-            identity::adopt(request.get_ref()).await?;
-            parts.adopted.store(true, Ordering::Relaxed);
+            let request = request.get_ref();
+            let generation = Generation::parse(&request.generation)?;
+            let mut last = parts.generation.lock().await;
+            if generation.is_some() && generation == *last {
+                return Err(Status::already_exists(
+                    "this generation has its identity already: a restored machine needs another generation",
+                ));
+            }
+            parts.adopted_at.store(NEVER, Ordering::Relaxed);
+            let rebirths = parts.rebirths.load(Ordering::Relaxed);
+            identity::adopt(request).await?;
+            if rebirths != parts.rebirths.load(Ordering::Relaxed) {
+                return Err(Status::aborted(
+                    "this machine was restored while it adopted an identity: adopt one anew",
+                ));
+            }
+            *last = generation;
+            parts.adopted_at.store(rebirths, Ordering::Relaxed);
             Ok(AdoptIdentityResponse {
                 kernel_uptime_us: kernel_uptime_us(),
                 init_uptime_us: u64::try_from(parts.started.elapsed().as_micros()).unwrap_or(u64::MAX),
             })
+        });
+        Ok(Response::new(response.await?))
+    }
+
+    async fn set_resources(&self, request: Request<SetResourcesRequest>) -> Reply<SetResourcesResponse> {
+        let parts = Arc::clone(&self.0);
+        let response = to_the_end(async move {
+            let _one_at_a_time = parts.resizing.lock().await;
+            Ok(resources::set(request.get_ref()).await?)
         });
         Ok(Response::new(response.await?))
     }
@@ -130,7 +174,7 @@ impl Guest for GuestService {
     }
 
     async fn create_container(&self, request: Request<CreateContainerRequest>) -> Reply<CreateContainerResponse> {
-        if !self.0.adopted.load(Ordering::Relaxed) {
+        if !self.0.has_identity() {
             return Err(Status::failed_precondition(
                 "this machine has no identity yet; call AdoptIdentity first",
             ));
@@ -290,4 +334,24 @@ impl From<BadOffset> for Status {
 fn kernel_uptime_us() -> u64 {
     let now = nix::time::clock_gettime(nix::time::ClockId::CLOCK_BOOTTIME).map(std::time::Duration::from);
     now.map_or(0, |uptime| u64::try_from(uptime.as_micros()).unwrap_or(u64::MAX))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::reaper::Reaper;
+
+    #[test]
+    fn a_machine_that_was_restored_has_no_identity_until_it_adopts_one() {
+        let storage = Storage::default();
+        let containers = Containers::new(Reaper::default(), storage.clone());
+        let service = GuestService::new(containers, storage, Instant::now(), Arc::default());
+        assert!(!service.0.has_identity(), "a fresh machine");
+        service.0.adopted_at.store(0, Ordering::Relaxed);
+        assert!(service.0.has_identity());
+        service.forget_identity();
+        assert!(!service.0.has_identity(), "a clone");
+        service.0.adopted_at.store(1, Ordering::Relaxed);
+        assert!(service.0.has_identity());
+    }
 }

@@ -18,6 +18,11 @@ pub fn collect(containers: &Containers) -> StatsResponse {
     }
 }
 
+/// The guest's memory in bytes.
+pub fn memory_total() -> u64 {
+    kibibytes(&fs::read_to_string("/proc/meminfo").unwrap_or_default(), "MemTotal:")
+}
+
 fn of(container: &Container) -> ContainerStats {
     let number = |file| container.cgroup.number(file).unwrap_or(0);
     ContainerStats {

@@ -130,6 +130,14 @@ pub fn unshare_pid_namespace() -> io::Result<()> {
     Ok(())
 }
 
+/// unshare(CLONE_NEWNET): this thread, and what it starts, get a network of their own.
+#[cfg(test)]
+pub fn unshare_network() -> io::Result<()> {
+    // SAFETY: unshare touches no memory.
+    Errno::result(unsafe { libc::unshare(libc::CLONE_NEWNET) })?;
+    Ok(())
+}
+
 /// Asks the kernel to reap this process's children by itself.
 pub fn ignore_children() {
     // SAFETY: SIG_IGN is a valid disposition of SIGCHLD (POSIX: children are then not turned into zombies).

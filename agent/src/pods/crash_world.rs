@@ -302,6 +302,12 @@ impl Guest for InGuest {
     async fn adopt_identity(&self, _: Request<guest::AdoptIdentityRequest>) -> Answer<guest::AdoptIdentityResponse> {
         Ok(Response::new(Default::default()))
     }
+    async fn set_resources(
+        &self,
+        _: Request<guest::SetResourcesRequest>,
+    ) -> Result<Response<guest::SetResourcesResponse>, Status> {
+        Ok(Response::new(Default::default()))
+    }
     async fn mount_image(&self, _: Request<guest::MountImageRequest>) -> Answer<guest::MountImageResponse> {
         Ok(Response::new(Default::default()))
     }

@@ -321,6 +321,7 @@ impl Manager {
             addresses: vec![format!("{address}/{}", network.range.prefix())],
             gateways: vec![self.network.gateway().to_string()],
             mtu: network.mtu,
+            ..Default::default()
         }
     }
 

@@ -386,6 +386,7 @@ pub(super) fn identity_of(
         dns: Some(identity.dns.clone()),
         host_aliases: identity.aliases.clone(),
         sysctls: identity.sysctls.clone(),
+        ..Default::default()
     })
 }
 

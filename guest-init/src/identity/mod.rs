@@ -2,7 +2,10 @@
 //!
 //! The randomness comes first: whatever is drawn later must already be this machine's own. Each step's error says which
 //! step it was; a half adopted identity leaves the machine without containers, since none can be created before it succeeds.
+//!
+//! A clone adopts an identity again, over that of its template: what the former left behind goes.
 
+mod clock;
 mod files;
 mod network;
 mod sysctl;
@@ -10,11 +13,7 @@ mod sysctl;
 use std::{fs::OpenOptions, io, os::fd::AsFd, path::Path, time::Duration};
 
 use flint_api::guest::AdoptIdentityRequest;
-use nix::{
-    errno::Errno,
-    sys::time::TimeSpec,
-    time::{ClockId, clock_settime},
-};
+use nix::errno::Errno;
 use tonic::Status;
 
 pub use network::bring_up_loopback;
@@ -95,7 +94,7 @@ pub async fn adopt(request: &AdoptIdentityRequest) -> Result<(), IdentityError> 
     let interfaces = network::parse(&request.interfaces)?;
     let sysctls = sysctl::parse(&request.sysctls)?;
     reseed(&request.entropy)?;
-    set_clock(request.realtime_ns)?;
+    clock::set(Duration::from_nanos(request.realtime_ns)).map_err(IdentityError::Clock)?;
     nix::unistd::sethostname(&request.hostname).map_err(|source| IdentityError::Hostname {
         name: request.hostname.clone(),
         source,
@@ -119,17 +118,35 @@ fn reseed(entropy: &[u8]) -> Result<(), IdentityError> {
     sys::add_entropy(random.as_fd(), entropy).map_err(IdentityError::Random)
 }
 
-fn set_clock(realtime_ns: u64) -> Result<(), IdentityError> {
-    clock_settime(
-        ClockId::CLOCK_REALTIME,
-        TimeSpec::from_duration(Duration::from_nanos(realtime_ns)),
-    )
-    .map_err(IdentityError::Clock)
+/// Which start of this machine an identity is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Generation([u8; 16]);
+
+impl Generation {
+    /// Checks what a request says; none is said by an empty one.
+    pub fn parse(bytes: &[u8]) -> Result<Option<Self>, IdentityError> {
+        if bytes.is_empty() {
+            return Ok(None);
+        }
+        let problem = || format!("{} bytes; a generation has 16", bytes.len());
+        let id = bytes
+            .try_into()
+            .map_err(|_| IdentityError::invalid("generation", problem()))?;
+        Ok(Some(Self(id)))
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_generation_has_16_bytes_or_none() {
+        assert_eq!(Generation::parse(&[]).unwrap(), None);
+        assert_eq!(Generation::parse(&[7; 16]).unwrap(), Some(Generation([7; 16])));
+        let error = Generation::parse(&[7; 15]).unwrap_err();
+        assert_eq!(error.to_string(), "generation: 15 bytes; a generation has 16");
+    }
 
     #[test]
     fn too_little_entropy_is_refused_before_the_kernel_is_asked() {

@@ -1,4 +1,7 @@
 //! Network interfaces, by rtnetlink: found by MAC, named, addressed, brought up, routed.
+//!
+//! An interface may come from a template, whose address, routes and neighbours it still has, and whose MAC its driver read: it is
+//! taken down first, which ends its routes and neighbours, and loses every address that is not this machine's.
 
 use std::net::IpAddr;
 
@@ -7,7 +10,7 @@ use futures::TryStreamExt;
 use rtnetlink::{
     Handle, LinkUnspec, RouteMessageBuilder,
     packet_route::{
-        address::AddressHeaderFlags,
+        address::{AddressAttribute, AddressHeaderFlags, AddressMessage},
         link::{LinkAttribute, LinkMessage},
     },
 };
@@ -37,6 +40,8 @@ pub enum LinkError {
 #[derive(Debug)]
 pub struct Plan {
     mac: Vec<u8>,
+    /// Empty: the machine is no clone.
+    template_mac: Vec<u8>,
     name: String,
     addresses: Vec<(IpAddr, u8)>,
     gateways: Vec<IpAddr>,
@@ -47,6 +52,14 @@ impl Plan {
     /// Its addresses without their prefix.
     pub fn addresses(&self) -> impl Iterator<Item = IpAddr> {
         self.addresses.iter().map(|(address, _)| *address)
+    }
+
+    fn has(&self, message: &AddressMessage) -> bool {
+        let address = message.attributes.iter().find_map(|attribute| match attribute {
+            AddressAttribute::Address(address) => Some((*address, message.header.prefix_len)),
+            _ => None,
+        });
+        address.is_some_and(|address| self.addresses.contains(&address))
     }
 
     fn error(&self, step: impl Into<String>) -> impl FnOnce(LinkError) -> IdentityError {
@@ -75,6 +88,13 @@ fn parse_one(index: usize, interface: &Interface) -> Result<Plan, IdentityError>
         return Err(invalid(
             "mac",
             format!("{} bytes; an Ethernet address has 6", interface.mac.len()),
+        ));
+    }
+    if !matches!(interface.template_mac.len(), 0 | 6) {
+        let length = interface.template_mac.len();
+        return Err(invalid(
+            "template_mac",
+            format!("{length} bytes; an Ethernet address has 6"),
         ));
     }
     let name = &interface.name;
@@ -111,6 +131,7 @@ fn parse_one(index: usize, interface: &Interface) -> Result<Plan, IdentityError>
         gateways.push(gateway);
     }
     Ok(Plan {
+        template_mac: interface.template_mac.clone(),
         mac: interface.mac.clone(),
         name: name.clone(),
         addresses,
@@ -151,10 +172,15 @@ pub async fn configure(plans: &[Plan]) -> Result<(), IdentityError> {
 }
 
 async fn configure_one(plan: &Plan) -> Result<(), IdentityError> {
-    let index = with_netlink(async |handle| find(handle, &plan.mac).await)
+    let index = with_netlink(async |handle| find(handle, plan).await)
         .await
         .map_err(plan.error("finding it"))?;
-    let mut rename = LinkUnspec::new_with_index(index).name(plan.name.clone());
+    with_netlink(async |handle| take_down(handle, index, plan).await)
+        .await
+        .map_err(plan.error("ending what it was before"))?;
+    let mut rename = LinkUnspec::new_with_index(index)
+        .name(plan.name.clone())
+        .address(plan.mac.clone());
     if let Some(mtu) = plan.mtu {
         rename = rename.mtu(mtu);
     }
@@ -202,20 +228,48 @@ async fn configure_one(plan: &Plan) -> Result<(), IdentityError> {
     Ok(())
 }
 
-async fn find(handle: &Handle, mac: &[u8]) -> Result<u32, LinkError> {
+/// The device with the plan's MAC, or else the one that had the template's.
+async fn find(handle: &Handle, plan: &Plan) -> Result<u32, LinkError> {
     let mut present = Vec::new();
     let mut links = handle.link().get().execute();
     while let Some(link) = links.try_next().await? {
-        match hardware_address(&link) {
-            Some(address) if address == mac => return Ok(link.header.index),
-            Some(address) => present.push(format_mac(address)),
-            None => {}
+        if let Some(address) = hardware_address(&link) {
+            present.push((address.to_vec(), link.header.index));
         }
     }
-    Err(LinkError::Absent {
-        mac: format_mac(mac),
-        present: present.join(", "),
+    choose(&present, plan).ok_or_else(|| LinkError::Absent {
+        mac: format_mac(&plan.mac),
+        present: present
+            .iter()
+            .map(|(mac, _)| format_mac(mac))
+            .collect::<Vec<_>>()
+            .join(", "),
     })
+}
+
+fn choose(present: &[(Vec<u8>, u32)], plan: &Plan) -> Option<u32> {
+    let with = |mac: &[u8]| present.iter().find(|(address, _)| address == mac);
+    let found = with(&plan.mac).or_else(|| with(&plan.template_mac))?;
+    Some(found.1)
+}
+
+/// Takes a link down, and takes away the addresses that are not the plan's. A link that was never up has none.
+async fn take_down(handle: &Handle, index: u32, plan: &Plan) -> Result<(), LinkError> {
+    let down = LinkUnspec::new_with_index(index).down().build();
+    handle.link().set(down).execute().await?;
+    let addresses: Vec<AddressMessage> = handle
+        .address()
+        .get()
+        .set_link_index_filter(index)
+        .execute()
+        .try_collect()
+        .await?;
+    for message in addresses {
+        if !plan.has(&message) {
+            handle.address().del(message).execute().await?;
+        }
+    }
+    Ok(())
 }
 
 fn hardware_address(link: &LinkMessage) -> Option<&[u8]> {
@@ -253,6 +307,7 @@ mod tests {
             addresses: vec!["10.88.0.5/16".into(), "fd00::5/64".into()],
             gateways: vec!["10.88.0.1".into(), "fd00::1".into()],
             mtu: 1500,
+            template_mac: vec![],
         }
     }
 
@@ -271,11 +326,103 @@ mod tests {
             parse(&[self::interface(), interface]).unwrap_err().to_string()
         };
         assert!(bad(|i| i.mac.truncate(5)).starts_with("interfaces[1].mac:"));
+        assert!(bad(|i| i.template_mac = vec![2]).starts_with("interfaces[1].template_mac:"));
         assert!(bad(|i| i.name = "a/b".into()).starts_with("interfaces[1].name:"));
         assert!(bad(|i| i.name = "sixteen-letters!".into()).starts_with("interfaces[1].name:"));
         assert!(bad(|i| i.mtu = 1).starts_with("interfaces[1].mtu:"));
         assert!(bad(|i| i.addresses[1] = "fd00::5/129".into()).starts_with("interfaces[1].addresses[1]:"));
         assert!(bad(|i| i.addresses[0] = "10.88.0.5".into()).starts_with("interfaces[1].addresses[0]:"));
         assert!(bad(|i| i.gateways[1] = "10.88.0.2".into()).starts_with("interfaces[1].gateways[1]:"));
+    }
+
+    #[test]
+    fn a_clone_finds_its_device_by_the_templates_address_and_later_by_its_own() {
+        let [own, template, other] = [1, 2, 3].map(|last| vec![2, 0, 0, 0, 0, last]);
+        let plan = |template_mac: &[u8]| {
+            let interface = Interface {
+                template_mac: template_mac.to_vec(),
+                ..interface()
+            };
+            parse(&[interface]).unwrap().remove(0)
+        };
+        let fresh = [(other.clone(), 1), (template.clone(), 2)];
+        assert_eq!(choose(&fresh, &plan(&template)), Some(2));
+        assert_eq!(choose(&fresh, &plan(&[])), None);
+        let adopted = [(template.clone(), 1), (own, 2)];
+        assert_eq!(choose(&adopted, &plan(&template)), Some(2));
+    }
+
+    #[test]
+    fn only_the_plans_own_addresses_stay() {
+        let plan = parse(&[interface()]).unwrap().remove(0);
+        let message = |address: &str, prefix| {
+            let mut message = AddressMessage::default();
+            message.header.prefix_len = prefix;
+            message
+                .attributes
+                .push(AddressAttribute::Address(address.parse().unwrap()));
+            message
+        };
+        assert!(plan.has(&message("10.88.0.5", 16)) && plan.has(&message("fd00::5", 64)));
+        assert!(!plan.has(&message("10.88.0.5", 24)) && !plan.has(&message("10.88.0.6", 16)));
+        assert!(!plan.has(&AddressMessage::default()));
+    }
+
+    /// In a network namespace of its own; None where that, or a bridge in place of an interface, cannot be had.
+    async fn template_interface(handle: &Handle, mac: &[u8]) -> Option<u32> {
+        use rtnetlink::LinkBridge;
+        let bridge = LinkBridge::new("template0").address(mac.to_vec()).up().build();
+        handle.link().add(bridge).execute().await.ok()?;
+        let mut links = handle.link().get().match_name("template0".to_owned()).execute();
+        let index = links.try_next().await.ok()??.header.index;
+        let address = "10.88.0.99".parse().ok()?;
+        handle.address().add(index, address, 16).execute().await.ok()?;
+        let route = RouteMessageBuilder::<std::net::Ipv4Addr>::new()
+            .gateway("10.88.0.98".parse().ok()?)
+            .output_interface(index)
+            .build();
+        handle.route().add(route).execute().await.ok()?;
+        Some(index)
+    }
+
+    #[tokio::test]
+    async fn a_clones_interface_keeps_nothing_of_its_template() {
+        if crate::sys::unshare_network().is_err() {
+            return;
+        }
+        let (connection, handle, _) = rtnetlink::new_connection().unwrap();
+        tokio::spawn(connection);
+        let template_mac = vec![2, 0, 0, 0, 0, 9];
+        let Some(index) = template_interface(&handle, &template_mac).await else {
+            return;
+        };
+        let plans = parse(&[Interface {
+            template_mac,
+            addresses: vec!["10.88.0.5/16".into()],
+            gateways: vec!["10.88.0.1".into()],
+            ..interface()
+        }])
+        .unwrap();
+        // The second time finds everything as it is to be.
+        for _ in 0..2 {
+            configure(&plans).await.unwrap();
+            let mut links = handle.link().get().match_name("eth0".to_owned()).execute();
+            let link = links.try_next().await.unwrap().unwrap();
+            assert_eq!(
+                (link.header.index, hardware_address(&link)),
+                (index, Some(&plans[0].mac[..]))
+            );
+            let addresses = handle.address().get().set_link_index_filter(index).execute();
+            let addresses: Vec<AddressMessage> = addresses.try_collect().await.unwrap();
+            let v4 = addresses.iter().filter(|message| message.header.prefix_len == 16);
+            assert_eq!(v4.filter(|message| plans[0].has(message)).count(), 1, "{addresses:?}");
+            assert!(!format!("{addresses:?}").contains("10.88.0.99"), "{addresses:?}");
+            let routes = handle
+                .route()
+                .get(RouteMessageBuilder::<std::net::Ipv4Addr>::new().build());
+            let routes: Vec<_> = routes.execute().try_collect().await.unwrap();
+            let text = format!("{routes:?}");
+            assert!(text.contains("10.88.0.1") && !text.contains("10.88.0.98"), "{text}");
+        }
     }
 }

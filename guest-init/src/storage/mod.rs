@@ -1,6 +1,6 @@
 //! Images, the scratch disk and pod directories: what containers' files are made of.
 
-mod uevent;
+mod disks;
 
 use std::{
     collections::HashMap,
@@ -108,7 +108,7 @@ impl Storage {
                 asked: serial.to_string(),
             });
         }
-        let device = uevent::find_disk(serial).await?;
+        let device = disks::find_disk(serial).await?;
         let flags = MsFlags::MS_RDONLY | MsFlags::MS_NODEV;
         mount(device.display().to_string(), "erofs", paths::image(image), flags, None).await?;
         mounted.images.insert(image.to_string(), serial.to_string());
@@ -130,7 +130,7 @@ impl Storage {
         let flags = MsFlags::MS_NODEV;
         match serial {
             Some(serial) => {
-                let device = uevent::find_disk(serial).await?;
+                let device = disks::find_disk(serial).await?;
                 mount(device.display().to_string(), "ext4", target.clone(), flags, None).await?;
             }
             None => {

@@ -101,6 +101,7 @@ pub fn identity() -> AdoptIdentityRequest {
             addresses: vec!["10.0.2.15/24".into(), "fd00::15/64".into()],
             gateways: vec!["10.0.2.2".into(), "fd00::2".into()],
             mtu: 1400,
+            ..Interface::default()
         }],
         dns: Some(Dns {
             nameservers: vec!["10.0.2.3".into()],
@@ -112,6 +113,7 @@ pub fn identity() -> AdoptIdentityRequest {
             hostnames: vec!["db".into()],
         }],
         sysctls: [("net.ipv4.ip_unprivileged_port_start".to_owned(), "0".to_owned())].into(),
+        ..AdoptIdentityRequest::default()
     }
 }
 

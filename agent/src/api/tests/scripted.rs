@@ -114,6 +114,12 @@ impl Guest for ScriptedGuest {
     ) -> Result<Response<guest::AdoptIdentityResponse>, Status> {
         Ok(Response::new(Default::default()))
     }
+    async fn set_resources(
+        &self,
+        _: Request<guest::SetResourcesRequest>,
+    ) -> Result<Response<guest::SetResourcesResponse>, Status> {
+        Ok(Response::new(Default::default()))
+    }
     async fn mount_image(
         &self,
         _: Request<guest::MountImageRequest>,

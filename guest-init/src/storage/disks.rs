@@ -2,24 +2,15 @@
 
 use std::{
     fs, io,
-    os::fd::{AsRawFd, OwnedFd},
     path::{Path, PathBuf},
     time::Duration,
 };
 
-use nix::{
-    errno::Errno,
-    sys::socket::{AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, bind, recv, socket},
-};
-use tokio::io::{Interest, unix::AsyncFd};
-
 use super::StorageError;
-use crate::paths::Name;
+use crate::{paths::Name, uevent::Uevents};
 
 /// How long a disk may take to be probed; on an idle machine it is milliseconds.
 const TIMEOUT: Duration = Duration::from_secs(20);
-/// The kernel's own multicast group; udev's is 2.
-const KERNEL_GROUP: u32 = 1;
 
 /// The device node of the disk with `serial`, as soon as it exists.
 pub async fn find_disk(serial: &Name) -> Result<PathBuf, StorageError> {
@@ -28,13 +19,13 @@ pub async fn find_disk(serial: &Name) -> Result<PathBuf, StorageError> {
         source,
     };
     // Listening begins before the first look, or a disk that comes between the two would be missed.
-    let events = listen().map_err(failed)?;
+    let events = Uevents::listen().map_err(failed)?;
     let waiting = async {
         loop {
             if let Some(device) = look(Path::new("/sys/block"), serial.as_str())? {
                 return Ok(device);
             }
-            wait_for_block_device(&events).await?;
+            let _ = events.wait_for("SUBSYSTEM=block").await?;
         }
     };
     match tokio::time::timeout(TIMEOUT, waiting).await {
@@ -69,38 +60,6 @@ fn serial_of(disk: &Path) -> Option<String> {
     (!text.is_empty()).then(|| text.to_owned())
 }
 
-fn listen() -> io::Result<AsyncFd<OwnedFd>> {
-    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
-    let socket = socket(
-        AddressFamily::Netlink,
-        SockType::Datagram,
-        flags,
-        SockProtocol::NetlinkKObjectUEvent,
-    )?;
-    bind(socket.as_raw_fd(), &NetlinkAddr::new(0, KERNEL_GROUP))?;
-    crate::sys::async_fd(socket, Interest::READABLE)
-}
-
-async fn wait_for_block_device(events: &AsyncFd<OwnedFd>) -> io::Result<()> {
-    let mut message = [0; 4096];
-    loop {
-        let mut ready = events.readable().await?;
-        match recv(events.get_ref().as_raw_fd(), &mut message, MsgFlags::empty()) {
-            Ok(length) if concerns_block_devices(message.get(..length).unwrap_or_default()) => return Ok(()),
-            Ok(_) | Err(Errno::EINTR) => {}
-            Err(Errno::EAGAIN) => ready.clear_ready(),
-            // Events were dropped: whether ours was among them, only a look can say.
-            Err(Errno::ENOBUFS) => return Ok(()),
-            Err(error) => return Err(error.into()),
-        }
-    }
-}
-
-/// A uevent is "action@devpath" and KEY=value lines, each ended by a zero byte.
-fn concerns_block_devices(message: &[u8]) -> bool {
-    message.split(|byte| *byte == 0).any(|line| line == b"SUBSYSTEM=block")
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -125,17 +84,5 @@ mod tests {
         let mut found = serials(block.path()).unwrap();
         found.sort();
         assert_eq!(found, ["image-1", "image-10"]);
-    }
-
-    #[test]
-    fn only_block_events_wake() {
-        assert!(concerns_block_devices(b"add@/devices/x\0ACTION=add\0SUBSYSTEM=block\0"));
-        assert!(!concerns_block_devices(b"add@/devices/x\0SUBSYSTEM=blocked\0"));
-        assert!(!concerns_block_devices(b""));
-    }
-
-    #[tokio::test]
-    async fn the_kernel_lets_us_listen() {
-        listen().unwrap();
     }
 }
