@@ -131,6 +131,36 @@ fn a_block_is_read_through_the_ring_and_announced_by_an_interrupt() {
     assert_eq!(vmm.end().reason(), ExitReason::Poweroff);
 }
 
+/// Two requests, of which the second has to wait for the limit's timer: under the filter of the disk's thread.
+#[test]
+fn a_disk_behind_a_rate_limit_answers_when_the_limit_allows_it() {
+    let code = [drive(1), interrupts_and_notify(1)].concat();
+    let handler = [acknowledge_until_used(2), print_word(BLOCK_STATUS), poweroff()];
+    let mut image = Image::new(&code, &handler.concat());
+    image.put(BLOCK_STATUS, &[0xff; 4]);
+    let request = |status| [(OUT, 16, NEXT), (IN, 512, NEXT | WRITE), (status, 1, WRITE)];
+    let descriptors = [request(BLOCK_STATUS), request(BLOCK_STATUS + 1)].concat();
+    image.ring(0, &descriptors, &[0, 3]);
+    let (mut vmm, mut serial) = Vmm::with_machine(CreateMachine {
+        disks: vec![disk_slot()],
+        ..machine(1, 16 << 20)
+    });
+    let bind = BindDisk {
+        slot: 0,
+        source: Some(bind_disk::Source::RawFile(RawFile { direct: false })),
+        rate_limit: Some(RateLimit {
+            operations_per_second: 10,
+            burst_operations: 1,
+            ..Default::default()
+        }),
+    };
+    vmm.ok(Command::BindDisk(bind), &[file(&[0; 1024]).as_fd()]);
+    vmm.load(&guest::elf(&image.0));
+    vmm.ok(Command::Start(Start {}), &[]);
+    assert_eq!(words(&mut serial), [0xffff_0000]);
+    assert_eq!(vmm.end().reason(), ExitReason::Poweroff);
+}
+
 // ---- memory and balloon
 
 const HOTPLUG_START: u64 = 1 << 38;
