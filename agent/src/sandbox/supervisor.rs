@@ -29,7 +29,11 @@ use crate::{
 /// How long a VMM that has closed its control connection may take to end by itself, and leave its exit file.
 const LAST_WORDS_TIMEOUT: Duration = Duration::from_secs(5);
 /// How much of each log goes into an error.
-const LOG_TAIL_BYTES: usize = 1024;
+const LOG_TAIL_BYTES: u64 = 1024;
+/// How much of the console is looked through for the words of a panic: the stack traces that follow them are long.
+const PANIC_TAIL_BYTES: u64 = 32 << 10;
+/// How Linux begins the words of a panic.
+const PANIC_WORDS: &str = "Kernel panic - not syncing: ";
 
 /// What a sandbox holds on this host. Scratch disk and tap are not here: they go with the VMM's descriptors.
 #[derive(Debug)]
@@ -209,8 +213,13 @@ async fn conclude(held: Held, mut course: Course, log: &OnceLock<String>) -> Exi
         // Reaps it, if it is a child of ours. Its cgroup is empty, so this does not wait.
         course.status = Some(process.ended().await.unwrap_or(None));
     }
-    let _ = log.set(log_tails(&held.folder));
-    let exited = verdict(course, read_exit_file(&held.folder));
+    let exited = with_words_of_panic(verdict(course, read_exit_file(&held.folder)), &held.folder);
+    let tails = log_tails(&held.folder);
+    if !matches!(exited.reason, ExitReason::Poweroff | ExitReason::Stopped) {
+        // The folder goes, and with it what VMM and guest said last.
+        tracing::warn!(?exited, folder = %held.folder.path("").display(), %tails, "a sandbox failed");
+    }
+    let _ = log.set(tails);
     match destroyed {
         Ok(Ok(())) => release(held).await,
         failure => {
@@ -285,25 +294,38 @@ pub(super) fn read_exit_file(folder: &Folder) -> Option<Exited> {
 
 /// The last lines of the VMM's log and of the guest's console.
 pub(super) fn log_tails(folder: &Folder) -> String {
-    ["vmm.log", "serial.log"].map(|name| tail(&folder.path(name))).concat()
+    let labelled = |name| match tail(&folder.path(name), LOG_TAIL_BYTES) {
+        text if text.is_empty() => text,
+        text => format!("\n{name}: {text}"),
+    };
+    ["vmm.log", "serial.log"].map(labelled).concat()
 }
 
-fn tail(path: &Path) -> String {
+/// A panic's detail, with what the guest's kernel said about it on its console.
+fn with_words_of_panic(mut exited: Exited, folder: &Folder) -> Exited {
+    if exited.reason == ExitReason::Panic {
+        let console = tail(&folder.path("serial.log"), PANIC_TAIL_BYTES);
+        let words = console
+            .lines()
+            .rev()
+            .find_map(|line| Some(line.split_once(PANIC_WORDS)?.1));
+        if let Some(words) = words {
+            exited.detail = format!("{}: {}", exited.detail, words.trim_end());
+        }
+    }
+    exited
+}
+
+/// The last `bytes` of a file, fit to be shown; empty if there are none.
+fn tail(path: &Path, bytes: u64) -> String {
     use std::io::{Read, Seek, SeekFrom};
     let mut text = Vec::new();
     let read = fs::File::open(path).and_then(|mut file| {
         let length = file.metadata()?.len();
-        file.seek(SeekFrom::Start(length.saturating_sub(LOG_TAIL_BYTES as u64)))?;
-        file.take(LOG_TAIL_BYTES as u64).read_to_end(&mut text)
+        file.seek(SeekFrom::Start(length.saturating_sub(bytes)))?;
+        file.take(bytes).read_to_end(&mut text)
     });
-    match read {
-        Ok(1..) => format!(
-            "\n{}: {}",
-            path.file_name().unwrap_or_default().display(),
-            printable(&text)
-        ),
-        _ => String::new(),
-    }
+    read.map(|_| printable(&text)).unwrap_or_default()
 }
 
 /// A guest chooses what is on its console: no control characters reach a terminal by this way.
@@ -351,6 +373,29 @@ mod tests {
         );
         assert_eq!(reason(101 << 8), ExitReason::VmmError, "a Rust panic");
         assert_eq!(from_status(None).reason, ExitReason::Killed);
+    }
+
+    #[test]
+    fn a_panic_is_told_in_the_words_of_the_guests_kernel() {
+        let sandboxes = tempfile::tempdir().unwrap();
+        let folder = Folder::of(sandboxes.path(), "panicked");
+        fs::create_dir(folder.path("")).unwrap();
+        let exited = |reason| Exited {
+            reason,
+            detail: "ended".into(),
+        };
+        assert_eq!(
+            with_words_of_panic(exited(ExitReason::Panic), &folder).detail,
+            "ended",
+            "no console"
+        );
+        let console = "[    1.2] Kernel panic - not syncing: Attempted to kill init!\r\n[    1.3] CPU: 0\r\n";
+        fs::write(folder.path("serial.log"), console).unwrap();
+        assert_eq!(
+            with_words_of_panic(exited(ExitReason::Panic), &folder).detail,
+            "ended: Attempted to kill init!"
+        );
+        assert_eq!(with_words_of_panic(exited(ExitReason::Reset), &folder).detail, "ended");
     }
 
     #[test]
