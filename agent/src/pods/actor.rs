@@ -19,7 +19,7 @@ use super::{
     machine::{Action, Event, Life, Machine, StepError, Timer},
     process,
     run::{Run, guest_id, signal},
-    steps::{launch, pull, registry},
+    steps::{launch, pull, registry, survey},
     timestamp,
 };
 use crate::{
@@ -461,19 +461,20 @@ impl Actor {
                 self.disks.push(digest.to_owned());
             }
         }
+        let images = self.disks.len();
         self.spawn(async move {
             let exit = match context.sandboxes.take_over(&id).await {
-                Ok(TakeOver::Running(sandbox)) => {
-                    let listed = sandbox.guest().list_containers(guest::ListContainersRequest {}).await;
-                    match listed {
-                        Ok(listed) => return Some(Input::Found(sandbox, listed.into_inner().containers)),
-                        Err(status) => {
-                            warn!(sandbox = id, %status, "the guest does not answer, ending the sandbox");
-                            sandbox.kill().await;
-                            sandbox.exited().await
-                        }
+                Ok(TakeOver::Running(sandbox)) => match survey(&sandbox, images).await {
+                    Ok(containers) => return Some(Input::Found(sandbox, containers)),
+                    Err(error) => {
+                        warn!(
+                            sandbox = id,
+                            error, "the guest cannot be taken over, ending the sandbox"
+                        );
+                        sandbox.kill().await;
+                        sandbox.exited().await
                     }
-                }
+                },
                 Ok(TakeOver::Ended(exit)) => exit,
                 Err(error) => SandboxExit {
                     reason: ExitReason::Killed,

@@ -3,7 +3,10 @@
 use std::{
     collections::{BTreeMap, HashSet},
     path::PathBuf,
-    sync::{Arc, Mutex},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, Ordering},
+    },
 };
 
 use flint_api::{
@@ -44,6 +47,8 @@ pub(super) struct World {
 struct Machine {
     containers: Arc<watch::Sender<BTreeMap<String, Container>>>,
     end: Arc<watch::Sender<Option<SandboxExit>>>,
+    /// Whether the image is mounted, without which no container can be made.
+    mounted: Arc<AtomicBool>,
     /// Whether its start was completed; otherwise whoever finds it ends it.
     ready: bool,
 }
@@ -309,12 +314,17 @@ impl Guest for InGuest {
         Ok(Response::new(Default::default()))
     }
     async fn mount_image(&self, _: Request<guest::MountImageRequest>) -> Answer<guest::MountImageResponse> {
+        self.life.gate().await;
+        self.machine.mounted.store(true, Ordering::SeqCst);
         Ok(Response::new(Default::default()))
     }
     async fn create_container(
         &self,
         request: Request<guest::CreateContainerRequest>,
     ) -> Answer<guest::CreateContainerResponse> {
+        if !self.machine.mounted.load(Ordering::SeqCst) {
+            return Err(Status::failed_precondition("the image is not mounted"));
+        }
         let id = request.into_inner().container_id;
         self.change(|all| drop(all.insert(id, Container::default()))).await;
         Ok(Response::new(Default::default()))

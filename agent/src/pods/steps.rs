@@ -92,22 +92,34 @@ pub(super) async fn launch(
         .await
         .map_err(|error| failed(error.to_string()))?;
     let stage = timeline.begin("guest.images");
+    if let Err(error) = mount_images(&sandbox, images).await {
+        sandbox.kill().await;
+        let exit = sandbox.exited().await;
+        return Err(failed(format!("{error}; {exit}")));
+    }
+    stage.end();
+    context.metrics.launched(begun.elapsed(), &timeline);
+    Ok(sandbox)
+}
+
+/// Has the guest mount the images of its disks; one that is mounted already stays so.
+async fn mount_images(sandbox: &Arc<dyn Sandbox>, images: usize) -> Result<(), String> {
     for number in 0..images {
         let id = format!("image-{number}");
         let request = guest::MountImageRequest {
             image_id: id.clone(),
             disk_serial: id.clone(),
         };
-        if let Err(status) = sandbox.guest().mount_image(request).await {
-            sandbox.kill().await;
-            let exit = sandbox.exited().await;
-            return Err(failed(format!(
-                "mounting {id} in the guest: {}; {exit}",
-                status.message()
-            )));
-        }
+        let mounted = sandbox.guest().mount_image(request).await;
+        mounted.map_err(|status| format!("mounting {id} in the guest: {}", status.message()))?;
     }
-    stage.end();
-    context.metrics.launched(begun.elapsed(), &timeline);
-    Ok(sandbox)
+    Ok(())
+}
+
+/// What an earlier flintd's guest has: its containers, and its images, which that flintd may not have come to mount.
+pub(super) async fn survey(sandbox: &Arc<dyn Sandbox>, images: usize) -> Result<Vec<guest::ContainerStatus>, String> {
+    let listed = sandbox.guest().list_containers(guest::ListContainersRequest {}).await;
+    let listed = listed.map_err(|status| format!("listing its containers: {}", status.message()))?;
+    mount_images(sandbox, images).await?;
+    Ok(listed.into_inner().containers)
 }
