@@ -14,7 +14,7 @@ use std::{fs, io::Read};
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
 use serde_json::Value;
 
-use host::{Host, LIMIT, busybox, image, kill};
+use host::{Host, LIMIT, busybox, files, image, kill, peak};
 
 const NEVER: &str = "  restartPolicy: Never\n";
 
@@ -165,11 +165,56 @@ fn a_flood_of_long_lines_comes_whole_and_in_order() {
 }
 
 #[test]
-#[ignore = "the guest's kernel was seen to panic in it on the emulated host, and nobody knows why yet"]
 fn a_flood_of_short_lines_comes_whole_and_in_order() {
-    // Seven columns of number, a space, 19 letters, a newline.
-    let program = "yes abcdefghijklmnopqrs | head -n 1150000 | awk '{ printf \"%7d %s\\n\", NR, $0 }'; echo the end";
-    follows_a_flood(program, 1_150_000, 28);
+    let program = "seq -w 1000000; echo the end";
+    follows_a_flood(program, 1_000_000, 8);
+}
+
+/// Opens streams to the host by the thousand, on flint-init's own port, which is the host's to answer, and on others, and
+/// says garbage on each.
+const VSOCK_FLOOD: &str = r"
+import _socket
+AF_VSOCK, HOST = 40, 2
+held, opened, refused = [], 0, 0
+for number in range(4000):
+    stream = _socket.socket(AF_VSOCK, 1)
+    try:
+        stream.connect((HOST, 1024 + number % 3))
+        opened += 1
+        stream.send(b'\xff\x00garbage' * 500)
+    except OSError:
+        refused += 1
+    held = held[-400:] + [stream]
+print('opened' if opened else 'none', 'done')
+";
+
+#[test]
+fn a_guest_that_floods_its_vsock_hurts_itself_only() {
+    let host = Host::start();
+    host.start_pod("neighbour", "sleep 1000", NEVER);
+    host.apply(&format!(
+        "apiVersion: v1\nkind: Pod\nmetadata: {{name: flooder}}\nspec:\n  terminationGracePeriodSeconds: 2\n  containers:\n  \
+         - name: main\n    image: {}\n    command: [sleep, '1000']\n{NEVER}",
+        image("python:3")
+    ));
+    let vmms = host.vmms();
+    let before: Vec<_> = vmms.iter().map(|pid| (peak(*pid), files(*pid))).collect();
+    let (memory, open) = (host.daemon_peak(), host.daemon_files());
+
+    let flood = host.flint(["exec", "flooder", "--", "python3", "-c", VSOCK_FLOOD]);
+
+    assert_eq!(flood.stdout, "opened done\n", "{flood:?}");
+    // Both pods answer, over the very device that was flooded.
+    for pod in ["flooder", "neighbour"] {
+        assert_eq!(host.ok(["exec", pod, "--", "echo", "alive"]), "alive\n");
+    }
+    for (pid, (memory, open)) in vmms.iter().zip(before) {
+        // Guest memory that was touched meanwhile counts as the VMM's.
+        let (grown, more) = (peak(*pid) - memory, files(*pid).saturating_sub(open));
+        assert!(grown < 128 * 1024 && more < 300, "{grown} KiB, {more} files more");
+    }
+    let (grown, more) = (host.daemon_peak() - memory, host.daemon_files().saturating_sub(open));
+    assert!(grown < 16 * 1024 && more < 20, "flintd: {grown} KiB, {more} files more");
 }
 
 fn ended(host: &Host, name: &str) -> (Value, Value) {
