@@ -36,11 +36,15 @@ impl Apply {
         for file in &self.files {
             manifests.extend(read(file)?);
         }
+        let mut applied = Vec::with_capacity(manifests.len());
         for manifest in manifests {
             for note in &manifest.notes {
                 eprintln!("flint: note: {}: {}", note.path, note.message);
             }
-            let mut pod = apply(&client, manifest.meta, manifest.spec).await?;
+            applied.push(apply(&client, manifest.meta, manifest.spec).await?);
+        }
+        // All have begun before the first one is waited for.
+        for mut pod in applied {
             if self.wait {
                 pod = pods::until(&client, &pod, is_under_way).await?;
             }
