@@ -114,20 +114,28 @@ pub fn become_subreaper() -> io::Result<()> {
 }
 
 /// Reaps the children of ours that ended in a cgroup and that nobody waits for. Only children are looked at, so no id can
-/// have passed to another process.
+/// have passed to another process. Call it once the cgroup is empty: a process leaves its cgroup a moment before it can be
+/// reaped, and hands its own children to us after that moment, so this waits for each, and looks again until there is none.
 pub fn reap_children_in(cgroup: &Cgroup) {
+    while reap_those_known(cgroup) {}
+}
+
+/// Whether one was reaped.
+fn reap_those_known(cgroup: &Cgroup) -> bool {
     let Ok(tasks) = fs::read_dir("/proc/self/task") else {
-        return;
+        return false;
     };
+    let mut reaped = false;
     for task in tasks.flatten() {
         // A task that has ended has handed its children to another one, which is looked at later or was there before.
         let children = fs::read_to_string(task.path().join("children")).unwrap_or_default();
         let children = children.split_whitespace().filter_map(|pid| pid.parse().ok());
         for pid in children.filter(|pid| cgroup.is_home_of(*pid)) {
             // Somebody may have been quicker, which is as good.
-            let _ = waitid(Id::Pid(Pid::from_raw(pid)), WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG);
+            reaped |= waitid(Id::Pid(Pid::from_raw(pid)), WaitPidFlag::WEXITED).is_ok();
         }
     }
+    reaped
 }
 
 /// Spawns a program. Blocks until it has been executed, or has not.

@@ -202,7 +202,7 @@ async fn conclude(held: Held, mut course: Course, log: &OnceLock<String>) -> Exi
     let attached = course.process.is_some();
     let destroyed = tokio::task::spawn_blocking(move || {
         let destroyed = cgroup.destroy();
-        if !attached {
+        if !attached && destroyed.is_ok() {
             // Nobody has them by pidfd: launcher and VMM of a start that broke off on its way.
             process::reap_children_in(&cgroup);
         }

@@ -1,10 +1,15 @@
 //! What went wrong, said for a person: what was being done, why it failed, what to do next.
 
+use std::error::Error as _;
 use std::fmt::Write as _;
 use std::process::ExitCode;
 
 use tonic::{Code, Status};
 use tonic_types::StatusExt;
+
+/// A connection that broke: flintd closes one that it does not serve, and so does its end.
+const BROKEN: &str = "the connection broke; on its unix socket flintd serves root, the user that it runs as, and --socket-group; \
+                      is it still running? `systemctl status flintd` or its log says";
 
 /// An error as the user sees it.
 #[derive(Debug)]
@@ -65,7 +70,10 @@ impl From<Status> for Failure {
         }
         // flintd's messages say what to do where it has to do with what was asked; the hints are about everything else.
         let reason = details.error_info().map(|info| info.reason.as_str());
+        // Only this end knows a source: what came over the wire has words alone.
+        let broke = status.source().is_some();
         let hint = match (status.code(), reason) {
+            (Code::Unavailable | Code::Unknown, None) if broke => Some(BROKEN),
             (Code::Unavailable, None) => Some("is flintd still running? `systemctl status flintd` or its log says"),
             (Code::PermissionDenied, None) => Some("run as root or as a member of flintd's socket group"),
             (Code::ResourceExhausted, Some("OutOfcpu" | "OutOfmemory" | "OutOfpods")) => {
@@ -95,6 +103,13 @@ mod tests {
         let details = reason.map(|reason| ErrorDetails::with_error_info(reason, "flint.host", HashMap::new()));
         let status = Status::with_error_details(code, "no", details.unwrap_or_default());
         Failure::from(status).into_parts().1
+    }
+
+    #[test]
+    fn a_connection_that_breaks_is_told_from_what_flintd_says() {
+        let broken = Status::from_error(Box::new(std::io::Error::from(std::io::ErrorKind::BrokenPipe)));
+        assert_eq!(Failure::from(broken).into_parts().1.as_deref(), Some(BROKEN));
+        assert_eq!(hint(Code::Unknown, None), None);
     }
 
     #[test]
