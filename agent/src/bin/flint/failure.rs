@@ -73,7 +73,7 @@ impl From<Status> for Failure {
         // Only this end knows a source: what came over the wire has words alone.
         let broke = status.source().is_some();
         let hint = match (status.code(), reason) {
-            (Code::Unavailable | Code::Unknown, None) if broke => Some(BROKEN),
+            (Code::Unavailable | Code::Unknown | Code::Cancelled, None) if broke => Some(BROKEN),
             (Code::Unavailable, None) => Some("is flintd still running? `systemctl status flintd` or its log says"),
             (Code::PermissionDenied, None) => Some("run as root or as a member of flintd's socket group"),
             (Code::ResourceExhausted, Some("OutOfcpu" | "OutOfmemory" | "OutOfpods")) => {
