@@ -9,11 +9,13 @@
 //!   a stale ARP entry.
 //! - [`links`]: bridge and taps, by rtnetlink. A tap is not persistent: it goes with the last descriptor on it, the
 //!   VMM's, so none outlives its sandbox whoever was killed when.
+//! - [`fence`]: opens the guard for one address.
 //! - [`rules`]: nftables. Masquerading, and a guard on the bridge that lets a tap send from its own addresses only.
 //!
 //! Everything is done in the network namespace of the thread that called [`Network::start`].
 
 pub mod addresses;
+mod fence;
 mod links;
 mod rules;
 
@@ -27,7 +29,7 @@ use std::{
 use thiserror::Error;
 
 pub use self::addresses::{Lease, Range};
-use self::{addresses::Addresses, links::Links};
+use self::{addresses::Addresses, fence::Fence, links::Links};
 
 /// What the network is made of.
 #[derive(Clone, Debug)]
@@ -79,6 +81,11 @@ pub enum NetworkError {
     /// The kernel does not bring the bridge into service.
     #[error("the bridge {0} has a port that is up, but is not operational: see `ip -d link show {0}`")]
     NoCarrier(String),
+    /// nftables does not take an address.
+    #[error(
+        "could not let {0} send: is flintd's table there? See `nft list table bridge flint`; a restart of flintd makes it anew"
+    )]
+    Fence(Ipv4Addr, #[source] io::Error),
     /// The nft program is missing.
     #[error("nft cannot be run: install the package nftables")]
     NoNft(#[source] io::Error),
@@ -92,32 +99,57 @@ pub enum NetworkError {
     },
 }
 
+/// A sandbox that still runs when a network is started.
+#[derive(Clone, Copy, Debug)]
+pub struct Survivor {
+    /// Its address.
+    pub address: Ipv4Addr,
+    /// Whether the guard lets it send; its lease comes back in any case.
+    pub may_send: bool,
+}
+
 /// The network of this host's pods.
 #[derive(Debug)]
 pub struct Network {
     config: Config,
     links: Links,
+    fence: Fence,
     addresses: Arc<Mutex<Addresses>>,
 }
 
 impl Network {
-    /// Makes the bridge and the rules, or takes over those that are there. `survivors` are the addresses of sandboxes that
-    /// still run: their leases come back, and their traffic is never interrupted. One that is not in the range, or comes
+    /// Makes the bridge and the rules, or takes over those that are there. `survivors` are sandboxes that still
+    /// run: their leases come back, and the traffic of those that may send is never interrupted. One that is not in the range, or comes
     /// twice, gets no lease and may send no more. After an error there is nothing that was not there before.
-    pub async fn start(config: Config, survivors: &[Ipv4Addr]) -> Result<(Self, Vec<Lease>), NetworkError> {
+    pub async fn start(config: Config, survivors: &[Survivor]) -> Result<(Self, Vec<Lease>), NetworkError> {
         let addresses = Arc::new(Mutex::new(Addresses::new(config.range)));
         let leases: Vec<_> = survivors
             .iter()
-            .filter_map(|address| Lease::reserve(&addresses, *address).ok())
+            .filter_map(|survivor| {
+                Lease::reserve(&addresses, survivor.address)
+                    .ok()
+                    .map(|lease| (lease, survivor.may_send))
+            })
             .collect();
+        let senders: Vec<_> = leases
+            .iter()
+            .filter(|(_, may_send)| *may_send)
+            .map(|(lease, _)| lease.address())
+            .collect();
+        let leases: Vec<_> = leases.into_iter().map(|(lease, _)| lease).collect();
         let links = Links::start(&config).await?;
-        if let Err(error) = open_ways(&config, &leases).await {
-            links.undo().await;
-            return Err(error);
-        }
+        let connect = || Fence::connect().map_err(|error| NetworkError::System("open a netlink socket", error));
+        let fence = match open_ways(&config, &senders).await.and_then(|()| connect()) {
+            Ok(fence) => fence,
+            Err(error) => {
+                links.undo().await;
+                return Err(error);
+            }
+        };
         let network = Self {
             config,
             links,
+            fence,
             addresses,
         };
         Ok((network, leases))
@@ -146,8 +178,19 @@ impl Network {
     /// Makes the tap of a leased address: on the bridge, guarded, and passing frames from now on. Closing the last copy of the descriptor removes it.
     pub async fn plug(&self, address: Ipv4Addr) -> Result<OwnedFd, NetworkError> {
         // The guard first: from its first moment the tap sends nothing but what it may.
-        rules::allow(address).await?;
+        self.open(address)?;
+        self.plug_fenced(address).await
+    }
+
+    /// Makes the tap of a leased address behind a closed fence: the guard drops whatever it sends until [`open`](Network::open).
+    pub async fn plug_fenced(&self, address: Ipv4Addr) -> Result<OwnedFd, NetworkError> {
         self.links.add_tap(&addresses::tap_name_of(address)).await
+    }
+
+    /// Lets the tap of an address send, from that address.
+    pub fn open(&self, address: Ipv4Addr) -> Result<(), NetworkError> {
+        let opened = self.fence.open(address);
+        opened.map_err(|error| NetworkError::Fence(address, error))
     }
 
     /// Takes back what [`plug`](Network::plug) allowed. The tap itself goes with its descriptors. May be repeated.
@@ -163,11 +206,10 @@ impl Network {
 }
 
 /// Routing and rules.
-async fn open_ways(config: &Config, leases: &[Lease]) -> Result<(), NetworkError> {
+async fn open_ways(config: &Config, senders: &[Ipv4Addr]) -> Result<(), NetworkError> {
     std::fs::write("/proc/sys/net/ipv4/ip_forward", "1")
         .map_err(|error| NetworkError::System("switch on net.ipv4.ip_forward", error))?;
-    let allowed: Vec<_> = leases.iter().map(Lease::address).collect();
-    rules::apply(config, &allowed).await
+    rules::apply(config, senders).await
 }
 
 #[cfg(test)]

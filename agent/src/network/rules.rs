@@ -1,4 +1,4 @@
-//! nftables rules, applied by the `nft` program (nft(8)): one transaction at the start, one element for each sandbox.
+//! nftables rules, applied by the `nft` program (nft(8)): one transaction at the start, and what is taken back when a sandbox has ended.
 
 use std::{fmt::Write as _, io, net::Ipv4Addr, process::Stdio};
 
@@ -14,16 +14,7 @@ pub(super) async fn apply(config: &Config, allowed: &[Ipv4Addr]) -> Result<(), N
     nft("set up its rules", &ruleset(config, allowed)).await
 }
 
-/// Lets an address's tap send.
-pub(super) async fn allow(address: Ipv4Addr) -> Result<(), NetworkError> {
-    nft(
-        "let a tap send",
-        &format!("add element bridge flint sources {{ {} }}\n", source(address)),
-    )
-    .await
-}
-
-/// Takes that back, whether or not it was given.
+/// Takes back what [`Fence::open`](super::fence::Fence::open) gave, whether or not it did.
 pub(super) async fn forbid(address: Ipv4Addr) -> Result<(), NetworkError> {
     let element = source(address);
     // To delete what is not there is an error; to add what is there is not.

@@ -53,7 +53,7 @@ fn a_second_start_takes_over_what_the_first_left() {
         let (first, _) = Network::start(Config::default(), &[]).await.unwrap();
         let lease = first.lease().unwrap();
         let tap = first.plug(lease.address()).await.unwrap();
-        let (second, leases) = Network::start(Config::default(), &[lease.address()]).await.unwrap();
+        let (second, leases) = Network::start(Config::default(), &[survivor(&lease)]).await.unwrap();
         assert_eq!(leases[0].address(), lease.address());
         assert!(
             ask("ip link show master flint0").contains("flt0a580002"),
@@ -66,6 +66,13 @@ fn a_second_start_takes_over_what_the_first_left() {
         assert_ne!(second.lease().unwrap().address(), lease.address());
         drop((first, tap));
     });
+}
+
+fn survivor(lease: &Lease) -> Survivor {
+    Survivor {
+        address: lease.address(),
+        may_send: true,
+    }
 }
 
 /// An ARP request for the gateway, as the guest behind `tap` would send it: header of the tap, then the frame.
@@ -100,6 +107,27 @@ async fn gateway_answers(tap: &OwnedFd, request: &[u8]) -> bool {
     tokio::time::timeout(std::time::Duration::from_millis(500), answer)
         .await
         .is_ok()
+}
+
+#[test]
+fn a_fenced_tap_sends_nothing_before_it_is_opened_not_even_for_a_flintd_that_comes_anew() {
+    in_private_network(|| async {
+        let (network, _) = Network::start(Config::default(), &[]).await.unwrap();
+        let lease = network.lease().unwrap();
+        let tap = network.plug_fenced(lease.address()).await.unwrap();
+        let request = arp_request(lease.mac(), lease.address(), network.gateway());
+        assert!(!gateway_answers(&tap, &request).await, "a closed fence");
+        let parked = Survivor {
+            may_send: false,
+            ..survivor(&lease)
+        };
+        let (anew, leases) = Network::start(Config::default(), &[parked]).await.unwrap();
+        assert_eq!(leases[0].address(), lease.address(), "its address is not given away");
+        assert!(!gateway_answers(&tap, &request).await, "still closed");
+        anew.open(lease.address()).unwrap();
+        assert!(gateway_answers(&tap, &request).await, "an open one");
+        drop(network);
+    });
 }
 
 /// A second descriptor of the same tap, not blocking.
@@ -170,7 +198,7 @@ fn a_changed_range_takes_the_place_of_the_old_one() {
             range: "10.99.0.0/16".parse().unwrap(),
             ..Config::default()
         };
-        let (_new, leases) = Network::start(config, &[lease.address()]).await.unwrap();
+        let (_new, leases) = Network::start(config, &[survivor(&lease)]).await.unwrap();
         assert!(leases.is_empty(), "an address of another range is nobody's");
         let addresses = ask("ip -4 addr show flint0");
         assert!(
