@@ -94,15 +94,20 @@ impl Process {
     pub async fn ended(&self) -> io::Result<Option<ExitStatus>> {
         // A pidfd turns readable when the process ends (pidfd_open(2)) and stays so.
         let _readable = self.pidfd.readable().await?;
-        match waitid(
-            Id::PIDFd(self.pidfd.as_fd()),
-            WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG,
-        ) {
-            Ok(WaitStatus::Exited(_, code)) => Ok(Some(ExitStatus::from_raw(code << 8))),
-            Ok(WaitStatus::Signaled(_, signal, _)) => Ok(Some(ExitStatus::from_raw(signal as i32))),
-            Ok(_) | Err(Errno::ECHILD) => Ok(None),
+        let options = WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG;
+        match waitid(Id::PIDFd(self.pidfd.as_fd()), options) {
+            Ok(status) => Ok(exit_status(status)),
+            Err(Errno::ECHILD) => Ok(None),
             Err(error) => Err(error.into()),
         }
+    }
+}
+
+fn exit_status(status: WaitStatus) -> Option<ExitStatus> {
+    match status {
+        WaitStatus::Exited(_, code) => Some(ExitStatus::from_raw(code << 8)),
+        WaitStatus::Signaled(_, signal, _) => Some(ExitStatus::from_raw(signal as i32)),
+        _ => None,
     }
 }
 
@@ -116,26 +121,31 @@ pub fn become_subreaper() -> io::Result<()> {
 /// Reaps the children of ours that ended in a cgroup and that nobody waits for. Only children are looked at, so no id can
 /// have passed to another process. Call it once the cgroup is empty: a process leaves its cgroup a moment before it can be
 /// reaped, and hands its own children to us after that moment, so this waits for each, and looks again until there is none.
-pub fn reap_children_in(cgroup: &Cgroup) {
-    while reap_those_known(cgroup) {}
+pub fn reap_children_in(cgroup: &Cgroup) -> Vec<ExitStatus> {
+    let mut statuses = Vec::new();
+    loop {
+        let before = statuses.len();
+        reap_those_known(cgroup, &mut statuses);
+        if statuses.len() == before {
+            return statuses;
+        }
+    }
 }
 
-/// Whether one was reaped.
-fn reap_those_known(cgroup: &Cgroup) -> bool {
+fn reap_those_known(cgroup: &Cgroup, statuses: &mut Vec<ExitStatus>) {
     let Ok(tasks) = fs::read_dir("/proc/self/task") else {
-        return false;
+        return;
     };
-    let mut reaped = false;
     for task in tasks.flatten() {
         // A task that has ended has handed its children to another one, which is looked at later or was there before.
         let children = fs::read_to_string(task.path().join("children")).unwrap_or_default();
         let children = children.split_whitespace().filter_map(|pid| pid.parse().ok());
         for pid in children.filter(|pid| cgroup.is_home_of(*pid)) {
             // Somebody may have been quicker, which is as good.
-            reaped |= waitid(Id::Pid(Pid::from_raw(pid)), WaitPidFlag::WEXITED).is_ok();
+            let reaped = waitid(Id::Pid(Pid::from_raw(pid)), WaitPidFlag::WEXITED);
+            statuses.extend(reaped.ok().and_then(exit_status));
         }
     }
-    reaped
 }
 
 /// Spawns a program. Blocks until it has been executed, or has not.

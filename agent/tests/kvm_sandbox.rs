@@ -103,6 +103,42 @@ fn a_vmm_that_is_killed_leaves_nothing() {
     });
 }
 
+/// Kills the VMM, and its launcher if that is still there, so long after its start began; at the latest when its guest runs.
+async fn kill_vmm_after(host: &Host, moment: Duration) {
+    let (folder, serial) = (host.file(""), host.file("serial.log"));
+    tokio::task::spawn_blocking(move || wait_there(&folder)).await.unwrap();
+    tokio::time::sleep(moment).await;
+    if host.processes().is_empty() {
+        tokio::task::spawn_blocking(move || wait_for(&serial, "up"))
+            .await
+            .unwrap();
+    }
+    for process in host.processes() {
+        // The launcher may have left meanwhile.
+        let _ = nix::sys::signal::kill(process, Signal::SIGKILL);
+    }
+}
+
+#[test]
+fn whenever_a_vmm_is_killed_during_its_start_that_is_said_and_nothing_is_left() {
+    const ROUNDS: usize = 16;
+    let seed = fastrand::u64(..);
+    println!("seed {seed}");
+    on_a_host(&sleeper(), move |host| async move {
+        let mut random = fastrand::Rng::with_seed(seed);
+        let manager = host.manager().await;
+        for _ in 0..ROUNDS {
+            // No event marks these moments: they lie between all that can be seen.
+            let moment = Duration::from_micros(random.u64(..60_000));
+            let killed = async { tokio::join!(end_of(&manager, true), kill_vmm_after(&host, moment)) };
+            let ((exited, _), ()) = tokio::time::timeout(LIMIT, killed).await.expect("in time");
+            assert_eq!(exited.reason, ExitReason::Killed, "after {moment:?}: {exited:?}");
+            host.assert_clean();
+        }
+        host.end(manager).await;
+    });
+}
+
 /// Makes a process that waits in a system call make another one: ptrace(2), of which no filter may know.
 fn make_forbidden_call(vmm: Pid) {
     ptrace::attach(vmm).unwrap();

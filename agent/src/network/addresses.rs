@@ -8,7 +8,7 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
 };
 
-use super::NetworkError;
+use super::{NetworkError, fence::Gate};
 
 /// A range of IPv4 addresses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -134,16 +134,14 @@ impl Addresses {
 #[derive(Debug)]
 pub struct Lease {
     address: Ipv4Addr,
+    gate: Arc<Gate>,
     addresses: Arc<Mutex<Addresses>>,
 }
 
 impl Lease {
     pub(super) fn take(addresses: &Arc<Mutex<Addresses>>) -> Result<Self, NetworkError> {
         let address = addresses.lock().unwrap_or_else(PoisonError::into_inner).take()?;
-        Ok(Self {
-            address,
-            addresses: Arc::clone(addresses),
-        })
+        Ok(Self::of(address, addresses))
     }
 
     pub(super) fn reserve(addresses: &Arc<Mutex<Addresses>>, address: Ipv4Addr) -> Result<Self, NetworkError> {
@@ -151,15 +149,25 @@ impl Lease {
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .reserve(address)?;
-        Ok(Self {
+        Ok(Self::of(address, addresses))
+    }
+
+    fn of(address: Ipv4Addr, addresses: &Arc<Mutex<Addresses>>) -> Self {
+        Self {
             address,
+            gate: Arc::new(Gate::new(address)),
             addresses: Arc::clone(addresses),
-        })
+        }
     }
 
     /// The pod's address.
     pub fn address(&self) -> Ipv4Addr {
         self.address
+    }
+
+    /// What lets the sandbox send: for whoever starts it, while the lease is held by whoever cleans up.
+    pub fn gate(&self) -> &Arc<Gate> {
+        &self.gate
     }
 
     /// The guest's MAC.

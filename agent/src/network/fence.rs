@@ -1,7 +1,7 @@
 //! The guard's set, one element at a time, by nfnetlink: no program has to be run while a pod waits for its network.
 //!
 //! ```text
-//!   BATCH_BEGIN | NEWSETELEM table "flint" set "sources" { key: tap name . MAC . address } | BATCH_END      one transaction
+//!   BATCH_BEGIN | NEWSETELEM or DELSETELEM table "flint" set "sources" { key: tap name . MAC . address } | BATCH_END   one transaction
 //! ```
 //!
 //! Messages, attributes and their numbers: linux/netfilter/nfnetlink.h, nf_tables.h; netlink(7). What the parts of a concatenated
@@ -11,7 +11,7 @@ use std::{
     io,
     net::Ipv4Addr,
     os::fd::{AsRawFd, OwnedFd},
-    sync::{Mutex, PoisonError},
+    sync::{Mutex, MutexGuard, PoisonError},
 };
 
 use nix::sys::socket::{
@@ -22,6 +22,7 @@ use super::addresses::{mac_of, tap_name_of};
 
 const NFNL_SUBSYS_NFTABLES: u16 = 10;
 const NFT_MSG_NEWSETELEM: u16 = 12;
+const NFT_MSG_DELSETELEM: u16 = 14;
 const BATCH_BEGIN: u16 = 0x10;
 const BATCH_END: u16 = 0x11;
 const NFPROTO_BRIDGE: u8 = 7;
@@ -31,6 +32,36 @@ const CREATE: u16 = 0x400;
 const NLMSG_ERROR: u16 = 2;
 const NESTED: u16 = 1 << 15;
 const IFNAMSIZ: usize = 16;
+
+/// The way out of one sandbox. Whoever starts the sandbox may open it; whoever cleans up behind it shuts it for good. The two do not
+/// wait for each other, and the address may be another sandbox's by the time that the first comes to it.
+#[derive(Debug)]
+pub struct Gate {
+    address: Ipv4Addr,
+    fate: Mutex<Fate>,
+}
+
+#[derive(Debug)]
+enum Fate {
+    Usable,
+    Shut,
+}
+
+impl Gate {
+    pub(super) fn new(address: Ipv4Addr) -> Self {
+        let fate = Mutex::new(Fate::Usable);
+        Self { address, fate }
+    }
+
+    /// The sandbox's address.
+    pub fn address(&self) -> Ipv4Addr {
+        self.address
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Fate> {
+        self.fate.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
 
 /// A connection to nftables, in the network namespace of the thread that made it.
 #[derive(Debug)]
@@ -54,9 +85,27 @@ impl Fence {
     }
 
     /// Lets an address's tap send. Done when this returns, after some tens of microseconds: the kernel commits in the call.
-    pub(super) fn open(&self, address: Ipv4Addr) -> io::Result<()> {
+    pub(super) fn open(&self, gate: &Gate) -> io::Result<()> {
+        let state = gate.lock();
+        match *state {
+            Fate::Shut => Err(io::Error::new(io::ErrorKind::NotConnected, "the sandbox has ended")),
+            Fate::Usable => self.ask(&transaction(NFT_MSG_NEWSETELEM, CREATE, gate.address)),
+        }
+    }
+
+    /// Takes that back, whether or not it was given, and for good: whoever still starts the sandbox comes too late. May be repeated.
+    pub(super) fn shut(&self, gate: &Gate) -> io::Result<()> {
+        let mut state = gate.lock();
+        *state = Fate::Shut;
+        match self.ask(&transaction(NFT_MSG_DELSETELEM, 0, gate.address)) {
+            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(()),
+            outcome => outcome,
+        }
+    }
+
+    fn ask(&self, transaction: &[u8]) -> io::Result<()> {
         let socket = self.socket.lock().unwrap_or_else(PoisonError::into_inner);
-        send(socket.as_raw_fd(), &transaction(address), MsgFlags::empty())?;
+        send(socket.as_raw_fd(), transaction, MsgFlags::empty())?;
         // The kernel answers in the call, too: a message that is not there now will never come.
         let mut answer = [0; 1024];
         let length = recv(socket.as_raw_fd(), &mut answer, MsgFlags::MSG_DONTWAIT)?;
@@ -78,15 +127,15 @@ fn outcome(answer: &[u8]) -> io::Result<()> {
     }
 }
 
-fn transaction(address: Ipv4Addr) -> Vec<u8> {
+fn transaction(what: u16, flags: u16, address: Ipv4Addr) -> Vec<u8> {
     let batch = |kind| message(kind, REQUEST, 0, NFNL_SUBSYS_NFTABLES, &[]);
     let key = attribute(1 | NESTED, &attribute(1, &key(address)));
     let element = attribute(3 | NESTED, &attribute(1 | NESTED, &key));
     let body = [attribute(1, b"flint\0"), attribute(2, b"sources\0"), element].concat();
-    let kind = NFNL_SUBSYS_NFTABLES << 8 | NFT_MSG_NEWSETELEM;
+    let kind = NFNL_SUBSYS_NFTABLES << 8 | what;
     [
         batch(BATCH_BEGIN),
-        message(kind, REQUEST | CREATE | ACK, NFPROTO_BRIDGE, 0, &body),
+        message(kind, REQUEST | ACK | flags, NFPROTO_BRIDGE, 0, &body),
         batch(BATCH_END),
     ]
     .concat()

@@ -9,7 +9,7 @@
 //!   a stale ARP entry.
 //! - [`links`]: bridge and taps, by rtnetlink. A tap is not persistent: it goes with the last descriptor on it, the
 //!   VMM's, so none outlives its sandbox whoever was killed when.
-//! - [`fence`]: opens the guard for one address.
+//! - [`fence`]: opens and shuts the guard for one sandbox.
 //! - [`rules`]: nftables. Masquerading, and a guard on the bridge that lets a tap send from its own addresses only.
 //!
 //! Everything is done in the network namespace of the thread that called [`Network::start`].
@@ -28,8 +28,11 @@ use std::{
 
 use thiserror::Error;
 
-pub use self::addresses::{Lease, Range};
 use self::{addresses::Addresses, fence::Fence, links::Links};
+pub use self::{
+    addresses::{Lease, Range},
+    fence::Gate,
+};
 
 /// What the network is made of.
 #[derive(Clone, Debug)]
@@ -81,11 +84,11 @@ pub enum NetworkError {
     /// The kernel does not bring the bridge into service.
     #[error("the bridge {0} has a port that is up, but is not operational: see `ip -d link show {0}`")]
     NoCarrier(String),
-    /// nftables does not take an address.
+    /// nftables does not take or give back an address.
     #[error(
-        "could not let {0} send: is flintd's table there? See `nft list table bridge flint`; a restart of flintd makes it anew"
+        "{1}: could not {0}: is flintd's table there? See `nft list table bridge flint`; a restart of flintd makes it anew"
     )]
-    Fence(Ipv4Addr, #[source] io::Error),
+    Fence(&'static str, Ipv4Addr, #[source] io::Error),
     /// The nft program is missing.
     #[error("nft cannot be run: install the package nftables")]
     NoNft(#[source] io::Error),
@@ -176,10 +179,10 @@ impl Network {
     }
 
     /// Makes the tap of a leased address: on the bridge, guarded, and passing frames from now on. Closing the last copy of the descriptor removes it.
-    pub async fn plug(&self, address: Ipv4Addr) -> Result<OwnedFd, NetworkError> {
+    pub async fn plug(&self, gate: &Gate) -> Result<OwnedFd, NetworkError> {
         // The guard first: from its first moment the tap sends nothing but what it may.
-        self.open(address)?;
-        self.plug_fenced(address).await
+        self.open(gate)?;
+        self.plug_fenced(gate.address()).await
     }
 
     /// Makes the tap of a leased address behind a closed fence: the guard drops whatever it sends until [`open`](Network::open).
@@ -187,15 +190,16 @@ impl Network {
         self.links.add_tap(&addresses::tap_name_of(address)).await
     }
 
-    /// Lets the tap of an address send, from that address.
-    pub fn open(&self, address: Ipv4Addr) -> Result<(), NetworkError> {
-        let opened = self.fence.open(address);
-        opened.map_err(|error| NetworkError::Fence(address, error))
+    /// Lets a sandbox send, from its own address, unless it has been unplugged.
+    pub fn open(&self, gate: &Gate) -> Result<(), NetworkError> {
+        let opened = self.fence.open(gate);
+        opened.map_err(|error| NetworkError::Fence("let it send", gate.address(), error))
     }
 
-    /// Takes back what [`plug`](Network::plug) allowed. The tap itself goes with its descriptors. May be repeated.
-    pub async fn unplug(&self, address: Ipv4Addr) -> Result<(), NetworkError> {
-        rules::forbid(address).await
+    /// Lets a sandbox send no more, now and later. The tap itself goes with its descriptors. May be repeated.
+    pub fn unplug(&self, gate: &Gate) -> Result<(), NetworkError> {
+        let shut = self.fence.shut(gate);
+        shut.map_err(|error| NetworkError::Fence("stop it from sending", gate.address(), error))
     }
 
     /// Removes rules and bridge. Only when no sandbox is left.

@@ -1,4 +1,4 @@
-//! nftables rules, applied by the `nft` program (nft(8)): one transaction at the start, and what is taken back when a sandbox has ended.
+//! nftables rules, applied by the `nft` program (nft(8)): one transaction at the start, one at the end.
 
 use std::{fmt::Write as _, io, net::Ipv4Addr, process::Stdio};
 
@@ -12,16 +12,6 @@ use super::{
 /// Sets up everything, replacing what an earlier flintd left, in one transaction: there is no moment without rules.
 pub(super) async fn apply(config: &Config, allowed: &[Ipv4Addr]) -> Result<(), NetworkError> {
     nft("set up its rules", &ruleset(config, allowed)).await
-}
-
-/// Takes back what [`Fence::open`](super::fence::Fence::open) gave, whether or not it did.
-pub(super) async fn forbid(address: Ipv4Addr) -> Result<(), NetworkError> {
-    let element = source(address);
-    // To delete what is not there is an error; to add what is there is not.
-    let script = format!(
-        "add element bridge flint sources {{ {element} }}\ndelete element bridge flint sources {{ {element} }}\n"
-    );
-    nft("forbid a tap to send", &script).await
 }
 
 /// Removes all rules.

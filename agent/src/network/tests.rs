@@ -30,7 +30,7 @@ fn a_port_is_on_the_bridge_until_its_last_descriptor_closes() {
         let (network, _) = Network::start(Config::default(), &[]).await.unwrap();
         assert!(ask("ip -4 addr show flint0").contains("10.88.0.1/16"));
         let lease = network.lease().unwrap();
-        let tap = network.plug(lease.address()).await.unwrap();
+        let tap = network.plug(lease.gate()).await.unwrap();
         assert!(ask("ip link show master flint0").contains("flt0a580002"));
         assert!(ask("nft list set bridge flint sources").contains("10.88.0.2"));
         drop(tap);
@@ -38,8 +38,8 @@ fn a_port_is_on_the_bridge_until_its_last_descriptor_closes() {
             !ask("ip link").contains("flt0a580002"),
             "the tap goes with its descriptor"
         );
-        network.unplug(lease.address()).await.unwrap();
-        network.unplug(lease.address()).await.unwrap();
+        network.unplug(lease.gate()).unwrap();
+        network.unplug(lease.gate()).unwrap();
         assert!(!ask("nft list set bridge flint sources").contains("10.88.0.2"));
         network.remove().await.unwrap();
         assert_eq!(ask("nft list ruleset"), "");
@@ -52,7 +52,7 @@ fn a_second_start_takes_over_what_the_first_left() {
     in_private_network(|| async {
         let (first, _) = Network::start(Config::default(), &[]).await.unwrap();
         let lease = first.lease().unwrap();
-        let tap = first.plug(lease.address()).await.unwrap();
+        let tap = first.plug(lease.gate()).await.unwrap();
         let (second, leases) = Network::start(Config::default(), &[survivor(&lease)]).await.unwrap();
         assert_eq!(leases[0].address(), lease.address());
         assert!(
@@ -124,9 +124,26 @@ fn a_fenced_tap_sends_nothing_before_it_is_opened_not_even_for_a_flintd_that_com
         let (anew, leases) = Network::start(Config::default(), &[parked]).await.unwrap();
         assert_eq!(leases[0].address(), lease.address(), "its address is not given away");
         assert!(!gateway_answers(&tap, &request).await, "still closed");
-        anew.open(lease.address()).unwrap();
+        anew.open(leases[0].gate()).unwrap();
         assert!(gateway_answers(&tap, &request).await, "an open one");
         drop(network);
+    });
+}
+
+#[test]
+fn who_comes_to_open_it_after_the_end_does_not_open_it_for_the_next_one() {
+    in_private_network(|| async {
+        let (network, _) = Network::start(Config::default(), &[]).await.unwrap();
+        let ended = network.lease().unwrap();
+        network.unplug(ended.gate()).unwrap();
+        let late = Arc::clone(ended.gate());
+        let address = ended.address();
+        drop(ended);
+        let error = network.open(&late).unwrap_err().to_string();
+        assert!(error.contains(&address.to_string()), "{error}");
+        assert!(network.plug(&late).await.is_err());
+        assert!(!ask("nft list set bridge flint sources").contains("10.88.0.2"));
+        assert!(!ask("ip link").contains("flt0a580002"));
     });
 }
 
@@ -148,7 +165,7 @@ fn a_tap_reaches_the_gateway_from_its_own_addresses_only() {
     in_private_network(|| async {
         let (network, _) = Network::start(Config::default(), &[]).await.unwrap();
         let lease = network.lease().unwrap();
-        let tap = network.plug(lease.address()).await.unwrap();
+        let tap = network.plug(lease.gate()).await.unwrap();
         let gateway = network.gateway();
         let stranger = Ipv4Addr::new(10, 88, 0, 77);
         let foreign_mac = addresses::mac_of(stranger);
@@ -182,7 +199,7 @@ fn the_first_frame_of_every_tap_is_answered_also_when_the_bridge_was_idle() {
         // Without waiting for the bridge about every fifth answer is lost.
         for round in 0..40 {
             let lease = network.lease().unwrap();
-            let tap = network.plug(lease.address()).await.unwrap();
+            let tap = network.plug(lease.gate()).await.unwrap();
             let request = arp_request(lease.mac(), lease.address(), network.gateway());
             assert!(gateway_answers(&tap, &request).await, "tap {round}");
         }

@@ -27,7 +27,7 @@ use super::{
 };
 use crate::{
     cgroup::{Cgroups, Limits},
-    network::{self, Lease, Network},
+    network::{self, Gate, Lease, Network, Survivor},
     probe::KvmKind,
     process,
     scratch::Scratch,
@@ -98,7 +98,7 @@ pub struct Manager {
 struct Begun<'a> {
     spec: &'a SandboxSpec,
     supply: &'a Supply,
-    address: Option<Ipv4Addr>,
+    gate: Option<&'a Gate>,
     end: &'a End,
     folder: &'a Folder,
 }
@@ -115,9 +115,9 @@ impl Manager {
         let scratch = Arc::new(Scratch::open(config.state_dir.join("scratch"))?);
         let left = read_intents(&sandboxes)?;
         let with_cgroup = cgroups.list()?;
-        let addresses: Vec<_> = left.iter().filter_map(Left::address).collect();
+        let survivors: Vec<_> = left.iter().filter_map(Left::address).map(sending).collect();
         // Nothing after this can fail: the network is there only if the manager is.
-        let (network, leases) = Network::start(config.network.clone(), &addresses).await?;
+        let (network, leases) = Network::start(config.network.clone(), &survivors).await?;
         let network = Arc::new(network);
         let uids = Uids::new(config.uids.clone());
         end_strays(&cgroups, &with_cgroup, &left).await;
@@ -167,7 +167,9 @@ impl Manager {
         let spec = checked(spec)?;
         let supply = self.supplies.take().await?;
         let (held, uid) = self.hold(&spec)?;
-        let (folder, address) = (held.folder.clone(), held.lease.as_ref().map(Lease::address));
+        let folder = held.folder.clone();
+        let gate = held.lease.as_ref().map(|lease| Arc::clone(lease.gate()));
+        let gate = gate.as_deref();
         let plan = ShellPlan {
             vmm: self.supplies.vmm().into(),
             id: spec.id.clone(),
@@ -181,7 +183,7 @@ impl Manager {
         let begun = Begun {
             spec: &spec,
             supply: &supply,
-            address,
+            gate,
             end: &end,
             folder: &folder,
         };
@@ -191,7 +193,7 @@ impl Manager {
                 Ok(Sandbox(Arc::new(Inner {
                     images: image_names(&spec),
                     id: spec.id,
-                    address,
+                    address: gate.map(Gate::address),
                     control,
                     guest: channel,
                     end,
@@ -249,12 +251,13 @@ impl Manager {
         let Begun {
             spec,
             supply,
-            address,
+            gate,
             end,
             folder,
         } = *begun;
+        let address = gate.map(Gate::address);
         // None of these needs another; the slowest is the VMM's jail.
-        let (shell, tap, disks) = tokio::try_join!(shell, self.plug(address), self.open_disks(spec))?;
+        let (shell, tap, disks) = tokio::try_join!(shell, self.plug(gate), self.open_disks(spec))?;
         let net = match (&spec.net, address, tap) {
             (Some(spec), Some(address), Some(tap)) => Some(NetParts {
                 spec,
@@ -289,9 +292,9 @@ impl Manager {
         Ok(ready)
     }
 
-    async fn plug(&self, address: Option<Ipv4Addr>) -> Result<Option<OwnedFd>, SandboxError> {
-        match address {
-            Some(address) => Ok(Some(self.network.plug(address).await?)),
+    async fn plug(&self, gate: Option<&Gate>) -> Result<Option<OwnedFd>, SandboxError> {
+        match gate {
+            Some(gate) => Ok(Some(self.network.plug(gate).await?)),
             None => Ok(None),
         }
     }
@@ -342,6 +345,14 @@ impl Manager {
             network.remove().await?;
         }
         Ok(self.cgroups.remove()?)
+    }
+}
+
+/// A sandbox that still runs was let send when it was started.
+fn sending(address: Ipv4Addr) -> Survivor {
+    Survivor {
+        address,
+        may_send: true,
     }
 }
 

@@ -18,11 +18,11 @@ use tonic::transport::Channel;
 
 use super::{
     DiskSpec, Identity, NetSpec, SandboxError, SandboxSpec,
-    control::{Control, ControlError},
+    control::Control,
     file_error,
     guest::connect,
     intent::Folder,
-    supervisor::{Attach, Attached, End, from_status, log_tails, read_exit_file},
+    supervisor::{Attach, Attached, End},
 };
 use crate::{
     cgroup::Cgroup,
@@ -109,14 +109,7 @@ impl Shell {
             vsock,
             serial,
         } = spawned?;
-        let (control, events) = match Control::connect(&plan.folder.path("control.sock")) {
-            Ok(connected) => connected,
-            // The socket is refused once nobody holds it: the program has ended already.
-            Err(ControlError::Connect(error)) if error.kind() == io::ErrorKind::ConnectionRefused => {
-                return Err(ended_early(launcher.ended().await.unwrap_or(None), &plan.folder));
-            }
-            Err(error) => return Err(error.into()),
-        };
+        let (control, events) = Control::connect(&plan.folder.path("control.sock"))?;
         let process = await_hello(&control, launcher, &plan.folder).await?;
         // It cannot be another process: the id came from the kernel, and a child of ours keeps it until we reap it.
         // A supervisor that is gone has ended with the runtime.
@@ -271,49 +264,16 @@ fn listen_packets(path: &Path) -> io::Result<OwnedFd> {
     Ok(fd)
 }
 
-/// Waits for the VMM's first answer, and finds its process: the launcher's child, or the launcher if it did not fork.
+/// Waits for the VMM's first answer, and finds its process: the launcher's child, or the launcher if it did not fork. If both
+/// end before that, the connection is over; the supervisor reaps them and knows why.
 async fn await_hello(control: &Control, launcher: Process, folder: &Folder) -> Result<Process, SandboxError> {
-    let hello = control.hello();
-    tokio::pin!(hello);
-    let mut launched = None;
-    let (_, pid) = loop {
-        tokio::select! {
-            answer = &mut hello => match answer {
-                Ok(answer) => break answer,
-                Err(ControlError::Closed(_)) => {
-                    let status = match launched {
-                        Some(status) => status,
-                        None => launcher.ended().await.unwrap_or(None),
-                    };
-                    return Err(ended_early(status, folder));
-                }
-                Err(error) => return Err(error.into()),
-            },
-            status = launcher.ended(), if launched.is_none() => {
-                let status = status.unwrap_or(None);
-                if !status.is_some_and(|status| status.success()) {
-                    return Err(ended_early(status, folder));
-                }
-                launched = Some(status);
-            }
-        }
-    };
+    let (_, pid) = control.hello().await?;
     if pid == launcher.pid() {
         return Ok(launcher);
     }
-    if launched.is_none() {
-        // It leaves as soon as its child is in place, and is reaped then.
-        tokio::spawn(async move { launcher.ended().await });
-    }
+    // It leaves as soon as its child is in place, and is reaped then.
+    tokio::spawn(async move { launcher.ended().await });
     Process::open(pid).map_err(file_error("open the VMM's process of", folder.path("")))
-}
-
-fn ended_early(status: Option<std::process::ExitStatus>, folder: &Folder) -> SandboxError {
-    let exited = read_exit_file(folder).unwrap_or_else(|| from_status(status));
-    SandboxError::Ended {
-        exited,
-        log: log_tails(folder),
-    }
 }
 
 fn machine(parts: &Parts<'_>) -> vmm::CreateMachine {

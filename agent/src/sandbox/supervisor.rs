@@ -19,7 +19,12 @@ use prost::Message;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio_util::sync::{CancellationToken, DropGuard};
 
-use super::{Exited, SandboxError, control::VmmEvent, intent::Folder, uids::Uid};
+use super::{
+    Exited, SandboxError,
+    control::{ControlError, VmmEvent},
+    intent::Folder,
+    uids::Uid,
+};
 use crate::{
     cgroup::Cgroup,
     network::{Lease, Network},
@@ -45,6 +50,20 @@ pub(super) struct Held {
     /// Absent where the intent cannot be read.
     #[expect(dead_code, reason = "held until the sandbox is gone, for no other use")]
     pub uid: Option<Uid>,
+}
+
+impl Held {
+    /// Gives everything back. Only when no process of the sandbox is left.
+    fn release(self) {
+        if let Some(lease) = &self.lease
+            && let Err(error) = self.network.unplug(lease.gate())
+        {
+            tracing::warn!(address = %lease.address(), %error, "a rule for a tap that is gone is still there");
+        }
+        if let Err(error) = self.folder.remove() {
+            tracing::warn!(%error, "a sandbox's folder is still there");
+        }
+    }
 }
 
 /// A VMM that answers.
@@ -202,16 +221,22 @@ async fn conclude(held: Held, mut course: Course, log: &OnceLock<String>) -> Exi
     let attached = course.process.is_some();
     let destroyed = tokio::task::spawn_blocking(move || {
         let destroyed = cgroup.destroy();
-        if !attached && destroyed.is_ok() {
-            // Nobody has them by pidfd: launcher and VMM of a start that broke off on its way.
-            process::reap_children_in(&cgroup);
-        }
-        destroyed
+        // Nobody has them by pidfd: launcher and VMM of a start that broke off on its way.
+        let reaped = match (&destroyed, attached) {
+            (Ok(()), false) => process::reap_children_in(&cgroup),
+            _ => Vec::new(),
+        };
+        (destroyed, reaped)
     });
-    let destroyed = destroyed.await;
-    if let (Some(process), None) = (&course.process, course.status) {
+    let (destroyed, reaped) = match destroyed.await {
+        Ok((destroyed, reaped)) => (Ok(destroyed), reaped),
+        Err(panicked) => (Err(panicked), Vec::new()),
+    };
+    match (&course.process, course.status) {
         // Reaps it, if it is a child of ours. Its cgroup is empty, so this does not wait.
-        course.status = Some(process.ended().await.unwrap_or(None));
+        (Some(process), None) => course.status = Some(process.ended().await.unwrap_or(None)),
+        (None, None) => course.status = most_telling(&reaped).map(Some),
+        (_, Some(_)) => {}
     }
     let exited = with_words_of_panic(verdict(course, read_exit_file(&held.folder)), &held.folder);
     let tails = log_tails(&held.folder);
@@ -221,7 +246,7 @@ async fn conclude(held: Held, mut course: Course, log: &OnceLock<String>) -> Exi
     }
     let _ = log.set(tails);
     match destroyed {
-        Ok(Ok(())) => release(held).await,
+        Ok(Ok(())) => held.release(),
         failure => {
             // Never hand out again what a process that may live still uses. The folder stays: the next flintd tries again.
             tracing::error!(folder = %held.folder.path("").display(), ?failure, "a sandbox's processes cannot be ended");
@@ -231,17 +256,6 @@ async fn conclude(held: Held, mut course: Course, log: &OnceLock<String>) -> Exi
     exited
 }
 
-async fn release(held: Held) {
-    if let Some(lease) = &held.lease
-        && let Err(error) = held.network.unplug(lease.address()).await
-    {
-        tracing::warn!(address = %lease.address(), %error, "a rule for a tap that is gone is still there");
-    }
-    if let Err(error) = held.folder.remove() {
-        tracing::warn!(%error, "a sandbox's folder is still there");
-    }
-}
-
 /// The VMM's own word first, then ours, then what its process status tells.
 fn verdict(course: Course, from_file: Option<Exited>) -> Exited {
     course
@@ -249,6 +263,12 @@ fn verdict(course: Course, from_file: Option<Exited>) -> Exited {
         .or(from_file)
         .or(course.why_killed)
         .unwrap_or_else(|| from_status(course.status.flatten()))
+}
+
+/// Of a launcher and its VMM: each may end because the other did, but a signal comes from outside.
+fn most_telling(statuses: &[ExitStatus]) -> Option<ExitStatus> {
+    let rank = |status: &&ExitStatus| (status.signal().is_some(), !status.success());
+    statuses.iter().max_by_key(rank).copied()
 }
 
 /// Why a VMM that said nothing has ended.
@@ -337,15 +357,33 @@ fn printable(text: &[u8]) -> String {
 
 /// The error of a start that failed: what the VMM died of, where it did; else what the start met.
 pub(super) async fn explain(end: &End, error: SandboxError) -> SandboxError {
+    let lost = is_loss(&error);
+    if lost {
+        // Killed now, it would be said to have been stopped.
+        let _ = tokio::time::timeout(LAST_WORDS_TIMEOUT, end.wait()).await;
+    }
     end.kill();
     let exited = end.wait().await;
+    if lost && exited.reason != ExitReason::Stopped {
+        return SandboxError::Ended { exited, log: end.log() };
+    }
+    error
+}
+
+/// Whether an error is what the end of a VMM looks like to the one who is talking to it or its guest.
+fn is_loss(error: &SandboxError) -> bool {
     match error {
-        SandboxError::Control(_) | SandboxError::Connect(_) | SandboxError::Identity(_) | SandboxError::Died
-            if exited.reason != ExitReason::Stopped =>
-        {
-            SandboxError::Ended { exited, log: end.log() }
+        SandboxError::Died | SandboxError::Connect(_) => true,
+        SandboxError::Control(error) => matches!(
+            error,
+            ControlError::Connect(_) | ControlError::Send(_) | ControlError::Closed(_)
+        ),
+        // What tonic makes of a connection that broke.
+        SandboxError::Identity(status) => {
+            use tonic::Code::{Cancelled, Internal, Unavailable, Unknown};
+            matches!(status.code(), Cancelled | Internal | Unavailable | Unknown)
         }
-        other => other,
+        _ => false,
     }
 }
 
