@@ -415,7 +415,9 @@ impl Actor {
         };
         let sender = self.sender.clone();
         self.spawn(async move {
-            if let Err(error) = this.create().await {
+            // What a container does cannot be taken back: nobody may run it again because the disk does not know this sandbox.
+            let (created, ()) = tokio::join!(this.create(), this.context.journal.flush());
+            if let Err(error) = created {
                 return Some(Input::Event(Event::StartFailed { container, run, error }));
             }
             if let Err(exit) = this.start().await {

@@ -3,9 +3,6 @@
 //! A world of scripted sandboxes outlives each flintd; a disk in memory keeps what was written. A kill freezes both: no write
 //! and no call of the killed flintd has any effect from that moment on. The next one gets the same disk and the same world,
 //! and the client goes on as a client does that had no answer: it asks for the same again.
-//!
-//! The world takes a launch to last until the disk has the record that names the sandbox. Real launches do, by two orders of
-//! magnitude.
 
 use std::{
     io,
@@ -66,6 +63,10 @@ struct Disk {
 impl Disk {
     fn operation(&self) -> io::Result<()> {
         if self.done.fetch_add(1, Ordering::SeqCst) >= self.most {
+            // A disk may take its time: whatever does not wait for it goes on before the kill.
+            if !self.life.is_over() {
+                std::thread::sleep(Duration::from_millis(5));
+            }
             self.life.kill();
         }
         if self.life.is_over() {
@@ -192,8 +193,8 @@ fn context(world: &World, life: &Life, journal: Journal, logs: &std::path::Path)
         pods: 1,
     };
     Context {
-        sandboxes: Arc::new(world.seen_by(life.clone(), journal.clone())),
-        images: Arc::new(world.seen_by(life.clone(), journal.clone())),
+        sandboxes: Arc::new(world.seen_by(life.clone())),
+        images: Arc::new(world.seen_by(life.clone())),
         journal,
         logs: Arc::new(Logs::new(logs.to_owned())),
         metrics: Arc::new(Metrics::new()),

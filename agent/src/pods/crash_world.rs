@@ -25,7 +25,7 @@ use tonic::{
     transport::{Channel, Endpoint, Server},
 };
 
-use super::{crash_tests::Life, journal::Journal};
+use super::crash_tests::Life;
 use crate::{
     backend::{
         ImageError, ImageInfo, Images, PullOrder, Sandbox, SandboxError, SandboxExit, SandboxPlan, Sandboxes, TakeOver,
@@ -87,11 +87,10 @@ impl World {
     }
 
     /// As one flintd sees it.
-    pub(super) fn seen_by(&self, life: Life, journal: Journal) -> View {
+    pub(super) fn seen_by(&self, life: Life) -> View {
         View {
             world: self.clone(),
             life,
-            journal,
         }
     }
 
@@ -124,7 +123,6 @@ impl World {
 pub(super) struct View {
     world: World,
     life: Life,
-    journal: Journal,
 }
 
 impl View {
@@ -155,22 +153,6 @@ impl View {
             life: self.life.clone(),
         })
     }
-
-    /// Waits until the store has the pod's record with more than the pod itself; see the tests' own module.
-    async fn recorded(&self) {
-        let mut watcher = self.journal.watch(1).unwrap_or_else(|_| self.journal.watch(0).unwrap());
-        let created = |pod: &host::Pod| {
-            pod.status.as_ref().is_some_and(|status| {
-                status
-                    .containers
-                    .iter()
-                    .any(|container| !container.image_digest.is_empty())
-            })
-        };
-        while !self.journal.get("u").is_some_and(|pod| created(&pod)) {
-            watcher.next().await.unwrap();
-        }
-    }
 }
 
 #[async_trait]
@@ -185,7 +167,6 @@ impl Sandboxes for View {
             .lock()
             .unwrap()
             .insert(plan.id.clone(), Machine::default());
-        self.recorded().await;
         self.life.gate().await;
         let machine = {
             let mut machines = self.world.machines.lock().unwrap();
