@@ -11,7 +11,10 @@ mod host;
 
 use std::{fs, io::Read};
 
-use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
+use nix::sys::{
+    inotify::{AddWatchFlags, InitFlags, Inotify},
+    statvfs::statvfs,
+};
 use serde_json::Value;
 
 use host::{Host, LIMIT, busybox, files, image, kill, peak};
@@ -51,6 +54,26 @@ fn a_registry_that_is_down_is_named() {
 
     assert_eq!(done.code, 125, "{done:?}");
     assert!(done.stderr.contains("127.0.0.1:9"), "{done:?}");
+}
+
+#[test]
+fn a_disk_that_is_full_fails_the_pull_and_nothing_else() {
+    let host = Host::start_on_disk(96 << 20);
+    host.start_pod("neighbour", "sleep 1000", NEVER);
+    let filler = host.path("state/filler");
+    let free = statvfs(&host.path("state")).expect("a file system");
+    let free = free.blocks_available() * free.fragment_size();
+    fs::write(&filler, vec![0; usize::try_from(free).unwrap() - (4 << 20)]).expect("room for it");
+
+    let done = host.flint(["pull", &image("python:3")]);
+
+    assert_eq!(done.code, 1, "{done:?}");
+    assert!(done.stderr.contains("no room in the image store"), "{done:?}");
+    assert!(done.stderr.contains("enlarge the disk"), "{done:?}");
+    assert_eq!(host.ok(["exec", "neighbour", "--", "echo", "alive"]), "alive\n");
+    fs::remove_file(filler).expect("remove it");
+    host.ok(["pull", &image("python:3")]);
+    still_works(&host);
 }
 
 #[test]

@@ -22,6 +22,7 @@ use std::sync::mpsc;
 use std::thread;
 use std::time::Duration;
 
+use nix::mount::{self, MsFlags};
 use nix::sys::signal::{self, Signal};
 use nix::unistd::Pid;
 use serde_json::Value;
@@ -34,6 +35,8 @@ pub const LIMIT: Duration = Duration::from_secs(120);
 pub struct Host {
     dir: TempDir,
     daemon: Option<Child>,
+    /// Where a file system of its own is mounted.
+    disk: Option<PathBuf>,
     before: Traces,
 }
 
@@ -48,18 +51,42 @@ pub struct Done {
 impl Host {
     /// Starts flintd and waits until it answers.
     pub fn start() -> Self {
+        let mut host = Self::new();
+        host.start_daemon();
+        host
+    }
+
+    /// The same, with flintd's state on a file system of its own.
+    pub fn start_on_disk(bytes: u64) -> Self {
+        let mut host = Self::new();
+        let state = host.path("state");
+        fs::create_dir(&state).expect("a folder");
+        let size = format!("size={bytes}");
+        mount::mount(
+            Some("tmpfs"),
+            &state,
+            Some("tmpfs"),
+            MsFlags::empty(),
+            Some(size.as_str()),
+        )
+        .expect("mount a tmpfs");
+        host.disk = Some(state);
+        host.start_daemon();
+        host
+    }
+
+    fn new() -> Self {
         let before = Traces::now();
         let dir = tempfile::Builder::new()
             .prefix("flint-system-")
             .tempdir_in("/run")
             .expect("a folder in /run");
-        let mut host = Self {
+        Self {
             dir,
             daemon: None,
+            disk: None,
             before,
-        };
-        host.start_daemon();
-        host
+        }
     }
 
     /// Starts flintd over the folders there are: after a kill, or for the first time.
@@ -223,6 +250,9 @@ impl Drop for Host {
         if let Some(mut daemon) = self.daemon.take() {
             let _ = signal::kill(pid_of(&daemon), Signal::SIGTERM);
             let _ = daemon.wait();
+        }
+        if let Some(disk) = &self.disk {
+            let _ = mount::umount(disk);
         }
         if !thread::panicking() {
             let left: Vec<_> = Traces::now().0.difference(&self.before.0).cloned().collect();
