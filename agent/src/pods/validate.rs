@@ -163,11 +163,16 @@ fn check_volumes<'a>(spec: &'a host::PodSpec, report: &mut Report) -> HashSet<&'
             format!("{path}.name"),
             "must differ from those before it",
         );
-        if volume.source.is_none() {
-            report.unsupported(
+        match &volume.source {
+            Some(host::volume::Source::EmptyDir(dir)) if dir.size_limit_bytes > 0 && !dir.memory => report.unsupported(
+                format!("{path}.empty_dir.size_limit_bytes"),
+                "can be kept to in memory only (medium: Memory)",
+            ),
+            Some(_) => {}
+            None => report.unsupported(
                 format!("{path}.source"),
                 "has a kind of source that this flintd does not know",
-            );
+            ),
         }
     }
     names
@@ -428,5 +433,23 @@ pub(crate) mod tests {
         assert_eq!(violations.len(), 1);
         assert!(violations[0].unsupported);
         assert_eq!(violations[0].field, "spec.volumes[0].source");
+    }
+
+    #[test]
+    fn a_limit_on_a_folder_is_kept_to_in_memory_only() {
+        let (meta, mut spec) = good();
+        let limited = |memory| {
+            let size_limit_bytes = 1 << 20;
+            Some(host::volume::Source::EmptyDir(host::EmptyDir {
+                memory,
+                size_limit_bytes,
+            }))
+        };
+        spec.volumes[0].source = limited(true);
+        assert_eq!(pod(&meta, &spec), []);
+        spec.volumes[0].source = limited(false);
+        let violations = pod(&meta, &spec);
+        assert!(violations[0].unsupported);
+        assert_eq!(violations[0].field, "spec.volumes[0].empty_dir.size_limit_bytes");
     }
 }

@@ -1,7 +1,7 @@
 //! One place that serves a repository: a registry or a mirror of it.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use reqwest::header::{ACCEPT, AUTHORIZATION, RANGE, RETRY_AFTER};
 use reqwest::{Response, StatusCode};
@@ -205,8 +205,16 @@ struct ErrorEntry {
     message: String,
 }
 
-/// What an unsuccessful answer says. Its text is the registry's: shortened and printed on one line. Of `Retry-After` the form
-/// that registries use is understood, a number of seconds; a date (RFC 9110, 10.2.3) counts as nothing said.
+/// A number of seconds, or a date (RFC 9110, 10.2.3); one that has passed means at once.
+fn retry_after(value: &str, now: SystemTime) -> Option<Duration> {
+    if let Ok(seconds) = value.parse() {
+        return Some(Duration::from_secs(seconds));
+    }
+    let date = httpdate::parse_http_date(value).ok()?;
+    Some(date.duration_since(now).unwrap_or_default())
+}
+
+/// What an unsuccessful answer says. Its text is the registry's: shortened and printed on one line.
 pub(crate) async fn status_error(
     response: Response,
     registry: &str,
@@ -217,8 +225,7 @@ pub(crate) async fn status_error(
     let retry_after = response
         .headers()
         .get(RETRY_AFTER)
-        .and_then(|value| value.to_str().ok()?.parse().ok())
-        .map(Duration::from_secs);
+        .and_then(|value| retry_after(value.to_str().ok()?, SystemTime::now()));
     let body = read_limited(response, what, registry, 16 << 10, config)
         .await
         .unwrap_or_default();
@@ -239,5 +246,28 @@ pub(crate) async fn status_error(
         what: what.to_owned(),
         message,
         retry_after,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_registry_may_say_when_to_come_back_in_seconds_or_as_a_date() {
+        // 784111777 is the example of RFC 9110, 5.6.7.
+        let now = SystemTime::UNIX_EPOCH + Duration::from_secs(784_111_777 - 90);
+        assert_eq!(retry_after("120", now), Some(Duration::from_secs(120)));
+        assert_eq!(
+            retry_after("Sun, 06 Nov 1994 08:49:37 GMT", now),
+            Some(Duration::from_secs(90))
+        );
+        assert_eq!(
+            retry_after("Sun, 06 Nov 1994 08:00:00 GMT", now),
+            Some(Duration::ZERO),
+            "it has passed"
+        );
+        assert_eq!(retry_after("soon", now), None);
+        assert_eq!(retry_after("-1", now), None);
     }
 }
