@@ -62,6 +62,7 @@ impl fmt::Display for SandboxExit {
             ExitReason::Stopped => "it was stopped",
             ExitReason::Seccomp => "the VMM made a forbidden system call",
             ExitReason::Killed => "the VMM was killed",
+            ExitReason::MemoryLost => "a page of the guest's memory was lost",
         };
         write!(f, "{reason}")?;
         if !self.detail.is_empty() {

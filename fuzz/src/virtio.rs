@@ -6,13 +6,13 @@
 
 use std::sync::Arc;
 
-use flint_vmm::memory::GuestMemory;
+use flint_vmm::memory::{GuestMemory, GuestMemoryMmap};
 use flint_vmm::virtio::Device;
 use flint_vmm::virtio::device::Activation;
 use libfuzzer_sys::arbitrary::{self, Arbitrary};
 use prost::Message;
 use virtio_queue::QueueState;
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress};
 
 /// Guest memory: a few pages in two regions with a gap between.
 const LOW: u64 = 0x1_0000;

@@ -9,16 +9,19 @@
 //! | `KVM_ERROR`    | KVM_RUN failed, or KVM_EXIT_INTERNAL_ERROR, FAIL_ENTRY, or an exit nobody asked for | 69 |
 //! | `VMM_ERROR`    | a thread of the VMM ended that must not, or the control loop failed              | 70 |
 //! | `STOPPED`      | `Stop` came over the control connection                                          | 71 |
+//! | `MEMORY_LOST`  | KVM_RUN gave EFAULT, or a thread of the VMM got SIGBUS: a page cannot be had any more | 74 |
 //!
 //! `SECCOMP` and `KILLED` are seen from outside only. The first reason wins: a guest that panics and then reboots has
 //! panicked. A guest that halts (HLT with interrupts off) has not ended: it sleeps inside KVM until it is stopped.
 
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 use std::sync::{Arc, OnceLock};
 
 use flint_api::vmm::{EXIT_CODE_BASE, ExitReason, Exited};
+use prost::Message;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+use vmm_sys_util::signal::register_signal_handler;
 
 /// The end of a sandbox.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -96,7 +99,7 @@ impl ExitLatch {
     #[must_use]
     pub fn wake_fd(&self) -> BorrowedFd<'_> {
         // SAFETY: the descriptor belongs to the eventfd in `self`, which outlives the borrow.
-        unsafe { BorrowedFd::borrow_raw(std::os::fd::AsRawFd::as_raw_fd(&self.inner.wake)) }
+        unsafe { BorrowedFd::borrow_raw(self.inner.wake.as_raw_fd()) }
     }
 }
 
@@ -105,6 +108,45 @@ impl AsFd for ExitLatch {
         self.wake_fd()
     }
 }
+
+/// What a thread leaves that finds guest memory gone: no lock may be taken then, and nothing be allocated.
+struct LastWords {
+    exit_file: RawFd,
+    message: Vec<u8>,
+    code: i32,
+}
+
+static LAST_WORDS: OnceLock<LastWords> = OnceLock::new();
+
+/// Makes SIGBUS, which a thread gets that touches a page of a mapped file that is not there any more, end the process with a
+/// word in the exit file. Once for the process, before its threads are made. The descriptor must stay open.
+///
+/// # Errors
+/// The signal cannot be handled.
+pub fn on_lost_memory(exit_file: BorrowedFd<'_>) -> io::Result<()> {
+    extern "C" fn end(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {
+        let code = LAST_WORDS.get().map_or(libc::SIGBUS, |words| {
+            // SAFETY: the buffer is a whole vector that nobody changes; write(2) may be called in a signal handler.
+            unsafe { libc::write(words.exit_file, words.message.as_ptr().cast(), words.message.len()) };
+            words.code
+        });
+        // SAFETY: may be called in a signal handler, and does not return.
+        unsafe { libc::_exit(code) };
+    }
+    let exit = Exit::new(ExitReason::MemoryLost, LOST);
+    let words = LastWords {
+        exit_file: exit_file.as_raw_fd(),
+        message: exit.to_message().encode_to_vec(),
+        code: exit.code(),
+    };
+    // Set already: by an earlier call, with the same words.
+    let _ = LAST_WORDS.set(words);
+    register_signal_handler(libc::SIGBUS, end).map_err(Into::into)
+}
+
+/// What people read of lost memory.
+pub const LOST: &str =
+    "a page of guest memory cannot be had any more: was its memory file cut off, or does its disk fail?";
 
 #[cfg(test)]
 mod tests {

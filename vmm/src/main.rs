@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io::Write;
-use std::os::fd::{FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, FromRawFd, OwnedFd, RawFd};
 use std::process::ExitCode;
 use std::time::Instant;
 
@@ -10,9 +10,10 @@ use clap::Parser;
 use flint_api::vmm::ExitReason;
 use flint_vmm::control::{End, Server, commands};
 use flint_vmm::dial;
-use flint_vmm::exit::{Exit, ExitLatch};
+use flint_vmm::exit::{Exit, ExitLatch, on_lost_memory};
 use flint_vmm::jail::{self, Confine, Placed};
 use flint_vmm::machine::Shell;
+use flint_vmm::memory::pagemap::Pagemap;
 use flint_vmm::vcpu::thread::install_kick;
 use kvm_ioctls::Kvm;
 use prost::Message;
@@ -65,6 +66,10 @@ fn main() -> ExitCode {
         Ok(pair) => pair,
         Err(error) => return report(&arguments.id, &error),
     };
+    if let Err(source) = on_lost_memory(exit_file.as_fd()) {
+        let what = "installing the handler of SIGBUS";
+        return report(&arguments.id, &Error::Host { what, source });
+    }
     match run(&arguments, listener, born) {
         Ok(None) => ExitCode::SUCCESS,
         Ok(Some(end)) => finish(&arguments.id, &mut exit_file, &end.exit),
@@ -111,15 +116,16 @@ fn descriptors(arguments: &Arguments) -> Result<(OwnedFd, File), Error> {
 fn run(arguments: &Arguments, listener: OwnedFd, born: Instant) -> Result<Option<End>, Error> {
     let host = |what| move |source| Error::Host { what, source };
     let kvm = Kvm::new().map_err(Error::Kvm)?;
-    let ready = if arguments.no_jail {
-        None
+    let (ready, pagemap) = if arguments.no_jail {
+        let pagemap = Pagemap::of_this_process().map_err(host("opening /proc/self/pagemap"))?;
+        (None, pagemap)
     } else {
         match jail::enter(arguments.uid, arguments.gid)? {
             Placed::Launcher { child_in_place: true } => return Ok(None),
             Placed::Launcher { child_in_place: false } => return Err(Error::Child),
-            Placed::Jailed(ready) => {
+            Placed::Jailed { ready, pagemap } => {
                 jail::landlock()?;
-                Some(ready)
+                (Some(ready), pagemap)
             }
         }
     };
@@ -136,7 +142,7 @@ fn run(arguments: &Arguments, listener: OwnedFd, born: Instant) -> Result<Option
     };
     let server = Server::new(listener, exit.clone(), dials, confine.clone(), born)
         .map_err(host("serving the control socket"))?;
-    Ok(Some(server.serve(Shell::new(kvm, exit, confine, dialer))))
+    Ok(Some(server.serve(Shell::new(kvm, pagemap, exit, confine, dialer))))
 }
 
 /// Leaves the last word in the exit file, and the process.

@@ -4,45 +4,22 @@
 mod common;
 
 use std::fs::{self, File};
-use std::io::Read;
 use std::os::fd::AsFd;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::os::unix::net::UnixStream;
 
+use common::alphabet::{assert_alphabet, drain, letters, read_sectors};
 use common::driver::*;
-use common::saved::{Saved, claim, claim_disk, pause_and_save, reserved};
+use common::saved::{Saved, claim, claim_disk, pause_and_save, reserved, small_file};
 use common::{Vmm, file, guest, machine, read};
 use flint_api::vmm::error::Code;
 use flint_api::vmm::request::Command;
 use flint_api::vmm::*;
 use flint_vmm::snapshot::Snapshot;
-use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
 const MEMORY: u64 = 16 << 20;
 
 // ---- guests
-
-/// Prints the alphabet over and over; the next letter is in a register and in memory, and 'X' tells that they differ. Between
-/// letters it counts for a while.
-fn letters() -> Vec<u8> {
-    let mut code = vec![0xb3, b'a']; // mov bl, 'a'
-    code.extend([0xc6, 0x04, 0x25, 0, 0, 0x20, 0, b'a']); // mov byte [0x200000], 'a'
-    let top = code.len();
-    code.extend([0x8a, 0x04, 0x25, 0, 0, 0x20, 0]); // mov al, [0x200000]
-    code.extend([0x38, 0xd8, 0x74, 0x02, 0xb0, b'X']); // cmp al, bl; je over; mov al, 'X'
-    code.extend([0x66, 0xba, 0xf8, 0x03, 0xee]); // mov dx, 0x3f8; out dx, al
-    code.extend([0xb9, 0, 4, 0, 0, 0xe2, 0xfe]); // mov ecx, 1024; loop to itself
-    code.extend([0xfe, 0xc3, 0x80, 0xfb, b'z' + 1, 0x75, 0x02, 0xb3, b'a']); // inc bl; cmp bl, 'z' + 1; jne over; mov bl, 'a'
-    code.extend([0x88, 0x1c, 0x25, 0, 0, 0x20, 0]); // mov [0x200000], bl
-    jump_back(&mut code, top);
-    code
-}
-
-fn jump_back(code: &mut Vec<u8>, to: usize) {
-    let distance = i32::try_from(to).unwrap() - i32::try_from(code.len() + 5).unwrap();
-    code.push(0xe9);
-    code.extend(distance.to_le_bytes());
-}
 
 /// mov ebx, address; cmp dword [rbx], 0; je to the comparison
 fn wait_until_not_zero(address: u32) -> Vec<u8> {
@@ -70,22 +47,6 @@ fn with_disk(vcpus: u32) -> CreateMachine {
 fn start(vmm: &mut Vmm, image: &[u8]) {
     vmm.load(&guest::elf(image));
     vmm.ok(Command::Start(Start {}), &[]);
-}
-
-/// Everything that a paused guest has printed.
-fn drain(serial: &mut UnixStream) -> String {
-    serial.set_nonblocking(true).unwrap();
-    let mut text = Vec::new();
-    let _ = serial.read_to_end(&mut text);
-    String::from_utf8(text).unwrap()
-}
-
-fn assert_alphabet(text: &str) {
-    assert!(text.starts_with('a'), "{text}");
-    for pair in text.as_bytes().windows(2) {
-        let expected = if pair[0] == b'z' { b'a' } else { pair[0] + 1 };
-        assert_eq!(pair[1], expected, "{text}");
-    }
 }
 
 /// The letters that a guest had printed when it was saved, and it.
@@ -236,39 +197,13 @@ fn an_interrupt_that_was_pending_comes_in_the_clone() {
     assert_eq!(clone.end().reason(), ExitReason::Poweroff);
 }
 
-/// Reads sector after sector of 26, without interrupts, and prints the first byte of each.
-fn read_sectors() -> Image {
-    let mut code = [drive(1), vec![0x31, 0xf6, 0x31, 0xed]].concat(); // xor esi, esi; xor ebp, ebp
-    let top = code.len();
-    code.extend([0x89, 0x34, 0x25]); // mov [the request's sector], esi
-    code.extend((OUT + 8).to_le_bytes());
-    code.extend([0xff, 0xc5, 0x66, 0x89, 0x2c, 0x25]); // inc ebp; mov [available index], bp
-    code.extend((RINGS[0] + 0x1002).to_le_bytes());
-    code.extend(guest::store(WINDOW + QUEUE_NOTIFY, 0));
-    code.extend([0x66, 0x39, 0x2c, 0x25]); // cmp [used index], bp
-    code.extend((RINGS[0] + 0x2002).to_le_bytes());
-    code.extend([0x75, 0xf6, 0x8a, 0x04, 0x25]); // jne to the comparison; mov al, [data]
-    code.extend(IN.to_le_bytes());
-    code.extend([0x66, 0xba, 0xf8, 0x03, 0xee]); // mov dx, 0x3f8; out dx, al
-    code.extend([0xb9, 0, 2, 0, 0, 0xe2, 0xfe]); // mov ecx, 512; loop to itself
-    code.extend([0xff, 0xc6, 0x83, 0xfe, 26, 0x75, 0x02, 0x31, 0xf6]); // inc esi; cmp esi, 26; jne over; xor esi, esi
-    jump_back(&mut code, top);
-    let mut image = Image::new(&code, &[]);
-    image.ring(
-        0,
-        &[(OUT, 16, NEXT), (IN, 512, NEXT | WRITE), (BLOCK_STATUS, 1, WRITE)],
-        &[],
-    );
-    image
-}
-
 #[test]
 fn a_stream_of_block_requests_goes_on_without_a_gap() {
     let sectors: Vec<u8> = (b'a'..=b'z').flat_map(|letter| [letter; 512]).collect();
     let disk = file(&sectors);
     let (mut vmm, mut serial) = Vmm::with_machine(with_disk(1));
     vmm.ok(Command::BindDisk(claim_disk(0).disk.unwrap()), &[disk.as_fd()]);
-    start(&mut vmm, &read_sectors().0);
+    start(&mut vmm, &read_sectors(&[]).0);
     let mut text = read(&mut serial, 40);
     // Each of these may find a request in flight.
     for _ in 0..5 {
@@ -364,7 +299,10 @@ fn steps_out_of_order_are_refused_and_a_clone_is_claimed_once() {
     assert_eq!(saved.load(&mut vmm).unwrap_err().code(), Code::WrongPhase);
     let mut serial = claim(&mut vmm, Claim::default(), &[]);
     assert_eq!(vmm.refused(claimed, &[]).0, Code::WrongPhase);
-    assert_eq!(saved.save(&mut vmm).unwrap_err().code(), Code::WrongPhase);
+    // Not over what it lives in.
+    let error = saved.save(&mut vmm).unwrap_err();
+    assert_eq!(error.code(), Code::Invalid);
+    assert!(error.message.contains("was loaded from"), "{}", error.message);
     assert_alphabet(&(text + &read(&mut serial, 30)));
 }
 
@@ -499,21 +437,6 @@ fn a_memory_file_that_is_short_or_another_snapshots_is_refused() {
 
 // ---- faults while saving
 
-/// A file on a file system of 1 MiB.
-fn small_file() -> File {
-    let folder = tempfile::tempdir().unwrap();
-    let nothing: Option<&str> = None;
-    mount(nothing, folder.path(), Some("tmpfs"), MsFlags::empty(), Some("size=1m")).unwrap();
-    let file = File::options()
-        .read(true)
-        .write(true)
-        .create_new(true)
-        .open(folder.path().join("file"));
-    // The file system is gone with the file.
-    umount2(folder.path(), MntFlags::MNT_DETACH).unwrap();
-    file.unwrap()
-}
-
 #[test]
 fn a_full_disk_is_an_error_and_the_guest_goes_on() {
     // rep stosb over 4 MiB, so that there is more than the disk takes.
@@ -523,7 +446,7 @@ fn a_full_disk_is_an_error_and_the_guest_goes_on() {
     vmm.ok(Command::Pause(Pause {}), &[]);
     let saved = Saved::of(&mut vmm);
     let state = File::options().write(true).open(&saved.state).unwrap();
-    let save = Command::SaveSnapshot(SaveSnapshot {});
+    let save = Command::SaveSnapshot(SaveSnapshot::default());
     let (code, message) = vmm.refused(save, &[state.as_fd(), small_file().as_fd()]);
     assert_eq!(code, Code::Resource);
     assert!(message.contains("No space left"), "{message}");
@@ -543,7 +466,7 @@ fn files_that_cannot_be_written_to_anywhere_are_refused() {
     let (_, saved, mut vmm) = saved_letters();
     let append = File::options().append(true).open(&saved.memory).unwrap();
     let (read_only, write) = (File::open(&saved.state).unwrap(), file(b""));
-    let save = || Command::SaveSnapshot(SaveSnapshot {});
+    let save = || Command::SaveSnapshot(SaveSnapshot::default());
     for (state, memory, named) in [(&read_only, &write, "state"), (&write, &append, "memory")] {
         let (code, message) = vmm.refused(save(), &[state.as_fd(), memory.as_fd()]);
         assert_eq!(code, Code::Invalid);
@@ -558,7 +481,7 @@ fn a_vmm_that_is_killed_while_saving_leaves_nothing_that_is_taken_for_a_snapshot
     let write = |path| File::options().write(true).open(path).unwrap();
     let request = Request {
         id: 99,
-        command: Some(Command::SaveSnapshot(SaveSnapshot {})),
+        command: Some(Command::SaveSnapshot(SaveSnapshot::default())),
     };
     let fds = [write(&saved.state), write(&saved.memory)];
     vmm.connection.send(

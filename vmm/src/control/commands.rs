@@ -10,14 +10,19 @@ use std::os::unix::net::UnixListener;
 use flint_api::vmm::error::Code;
 use flint_api::vmm::request::Command;
 use flint_api::vmm::state::Phase as WirePhase;
-use flint_api::vmm::{self, BindDisk, BindNet, Claim, ClaimDisk, CreateMachine, LoadKernel, MemoryState, bind_disk};
+use flint_api::vmm::{
+    self, BindDisk, BindNet, Claim, ClaimDisk, CreateMachine, LoadKernel, MemoryState, SaveSnapshot, bind_disk,
+};
 use flint_snapshots::device::ImageDevice;
 use nix::sys::socket::{UnixAddr, getsockname, getsockopt, sockopt};
 
 use crate::boot;
 use crate::jail::ThreadsFor;
 use crate::machine::config::Config;
-use crate::machine::{self, Created, Machine, Parked, Paused, Reserved, Running, Shell};
+use crate::machine::snapshot::{Report, SaveRequest};
+use crate::machine::{self, Created, Machine, Parked, Paused, Reserved, Running, Saving, Shell, Step};
+use crate::memory::file::Id;
+use crate::memory::mapped::MAX_BASES;
 use crate::virtio::DeviceError;
 use crate::virtio::block::{BlockResource, ImageSource};
 use crate::virtio::net::{NetResource, Tap};
@@ -35,6 +40,8 @@ pub enum Phase {
     Parked(Parked),
     /// The guest runs.
     Running(Running),
+    /// The guest runs and is being saved.
+    Saving(Saving),
     /// The guest stands still.
     Paused(Paused),
 }
@@ -44,6 +51,10 @@ pub enum Phase {
 pub enum Answer {
     /// Done.
     Ok,
+    /// Begun: [`Phase::step`] comes to an answer.
+    Later,
+    /// Saved.
+    Saved(Report),
     /// The phase, the counters, and what the guest has of its memory.
     State(WirePhase, Vec<(String, u64)>, Option<MemoryState>),
     /// Done; the sandbox is to end.
@@ -88,7 +99,7 @@ impl From<machine::Error> for Failure {
             } => Code::Invalid,
             E::NoKernel => Code::WrongPhase,
             E::Passport(_) => Code::Unsupported,
-            E::Shape { .. } | E::Unwritable(_) => Code::Invalid,
+            E::Shape { .. } | E::NoBase { .. } | E::InUse(_) | E::Unwritable(_) => Code::Invalid,
             E::Snapshot(_)
             | E::Generation(_)
             | E::Memory(_)
@@ -140,7 +151,7 @@ impl Phase {
             Command::ReserveMachine(message) => self.reserve(message.machine.unwrap_or_default()),
             Command::LoadSnapshot(_) => self.load_snapshot(fds),
             Command::Claim(message) => self.claim(&message, fds),
-            Command::SaveSnapshot(_) => self.save_snapshot(fds),
+            Command::SaveSnapshot(message) => self.save_snapshot(&message, fds),
             Command::GetState(_) => {
                 let state = self.state();
                 (self, Ok(state))
@@ -180,9 +191,13 @@ impl Phase {
         let Self::Reserved(reserved) = self else {
             return self.wrong("LoadSnapshot", "after ReserveMachine");
         };
-        let outcome = match fds.pair() {
-            Ok((state, memory)) => reserved.load(&state, memory).map_err(|(it, error)| (it, error.into())),
-            Err(failure) => Err((reserved, failure)),
+        let mut files = fds.0.into_iter().map(File::from);
+        let outcome = match files.next() {
+            Some(state) => reserved
+                .load(&state, files.collect())
+                .map_err(|(it, error)| (it, error.into())),
+            // Fds::check counted them.
+            None => Err((reserved, Failure::invalid("LoadSnapshot without a state file"))),
         };
         match outcome {
             Ok(parked) => (Self::Parked(parked), Ok(Answer::Ok)),
@@ -203,19 +218,43 @@ impl Phase {
         }
     }
 
-    fn save_snapshot(self, fds: Fds) -> Outcome {
-        let save = |state, memory| match &self {
-            Self::Paused(paused) => Some(paused.save(state, memory)),
-            Self::Parked(parked) => Some(parked.save(state, memory)),
-            _ => None,
-        };
-        let saved = match fds.pair() {
-            Ok((state, memory)) => save(&state, &memory),
+    fn save_snapshot(self, message: &SaveSnapshot, fds: Fds) -> Outcome {
+        let request = match save_request(message, fds) {
+            Ok(request) => request,
             Err(failure) => return (self, Err(failure)),
         };
-        match saved {
-            Some(outcome) => (self, outcome.map(|()| Answer::Ok).map_err(Failure::from)),
-            None => self.wrong("SaveSnapshot", "after Pause or LoadSnapshot"),
+        let saved = match self {
+            Self::Running(running) => {
+                return match running.save(request) {
+                    Ok(saving) => (Self::Saving(saving), Ok(Answer::Later)),
+                    Err((running, error)) => (Self::Running(running), Err(error.into())),
+                };
+            }
+            Self::Paused(ref paused) => paused.save(request),
+            Self::Parked(ref parked) => parked.save(request),
+            other => return other.wrong("SaveSnapshot", "after Start, Pause or LoadSnapshot"),
+        };
+        (self, saved.map(Answer::Saved).map_err(Failure::from))
+    }
+
+    /// Whether there is something to do beside waiting for requests.
+    #[must_use]
+    pub fn is_busy(&self) -> bool {
+        matches!(self, Self::Saving(_))
+    }
+
+    /// Does a part of that. None: there is more.
+    pub fn step(self) -> (Self, Option<Result<Answer, Failure>>) {
+        let Self::Saving(saving) = self else {
+            return (self, None);
+        };
+        match saving.step() {
+            Step::More(saving) => (Self::Saving(saving), None),
+            Step::Running(running, saved) => {
+                let outcome = saved.map(Answer::Saved).map_err(Failure::from);
+                (Self::Running(running), Some(outcome))
+            }
+            Step::Paused(paused, error) => (Self::Paused(paused), Some(Err(error.into()))),
         }
     }
 
@@ -288,6 +327,7 @@ impl Phase {
             Self::Reserved(reserved) => Some(reserved.as_ref()),
             Self::Parked(parked) => Some(parked.as_ref()),
             Self::Running(running) => Some(running.as_ref()),
+            Self::Saving(saving) => Some(saving.as_ref()),
             Self::Paused(paused) => Some(paused.as_ref()),
         }
     }
@@ -314,7 +354,7 @@ impl Phase {
             Self::Created(_) => WirePhase::Created,
             Self::Reserved(_) => WirePhase::Reserved,
             Self::Parked(_) => WirePhase::Parked,
-            Self::Running(_) => WirePhase::Running,
+            Self::Running(_) | Self::Saving(_) => WirePhase::Running,
             Self::Paused(_) => WirePhase::Paused,
         }
     }
@@ -334,6 +374,23 @@ impl Phase {
     }
 }
 
+fn save_request(message: &SaveSnapshot, fds: Fds) -> Result<SaveRequest, Failure> {
+    let base = match &message.base[..] {
+        [] => None,
+        id => Some(Id::try_from(id).map_err(|_| {
+            Failure::invalid(format!(
+                "base has {} bytes: must be none or a snapshot's id of 16",
+                id.len()
+            ))
+        })?),
+    };
+    let mut files = fds.0.into_iter().map(File::from);
+    // Fds::check counted them.
+    let pair = files.next().zip(files.next());
+    let (state, memory) = pair.ok_or_else(|| Failure::invalid("a state file and a memory file are needed"))?;
+    Ok(SaveRequest { state, memory, base })
+}
+
 /// The descriptors of a request, as many as it needs.
 struct Fds(Vec<OwnedFd>);
 
@@ -349,7 +406,7 @@ impl Fds {
             Command::BindNet(_) => ("BindNet", 1, 1),
             Command::BindVsock(_) => ("BindVsock", 1, 1),
             Command::BindSerial(_) => ("BindSerial", 1, 1),
-            Command::LoadSnapshot(_) => ("LoadSnapshot", 2, 2),
+            Command::LoadSnapshot(_) => ("LoadSnapshot", 2, 2 + MAX_BASES),
             Command::SaveSnapshot(_) => ("SaveSnapshot", 2, 2),
             Command::Claim(message) => {
                 let count = claimed_fds(message);
@@ -369,16 +426,6 @@ impl Fds {
             "{name} takes {wanted} file descriptors, {} came",
             fds.len()
         )))
-    }
-
-    /// State and memory file of a snapshot.
-    fn pair(self) -> Result<(File, File), Failure> {
-        let mut files = self.0.into_iter().map(File::from);
-        // Fds::check counted them.
-        files
-            .next()
-            .zip(files.next())
-            .ok_or_else(|| Failure::invalid("a state file and a memory file are needed"))
     }
 
     /// The first so many of them.

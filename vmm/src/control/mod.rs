@@ -11,7 +11,8 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::time::Instant;
 
 use flint_api::vmm::{
-    Dial, Error as WireError, Event, FromVmm, Ok as WireOk, Request, Response, State, event, from_vmm, response, state,
+    Dial, Error as WireError, Event, FromVmm, Ok as WireOk, Request, Response, Saved, State, event, from_vmm, response,
+    state,
 };
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
@@ -25,6 +26,7 @@ use crate::dial::Dials;
 use crate::exit::{Exit, ExitLatch};
 use crate::jail::Confine;
 use crate::machine::Shell;
+use crate::machine::snapshot::Report;
 use flint_api::vmm::ExitReason;
 
 const LISTENER: u64 = 0;
@@ -49,6 +51,8 @@ pub struct Server {
     dials: Dials,
     confine: Confine,
     born: Instant,
+    /// The request that is being worked at step by step, if whoever sent it still waits for the answer.
+    unanswered: Option<u64>,
 }
 
 impl Server {
@@ -72,6 +76,7 @@ impl Server {
             dials,
             confine,
             born,
+            unanswered: None,
         })
     }
 
@@ -98,14 +103,21 @@ impl Server {
     }
 
     fn turn(&mut self, mut phase: Phase) -> io::Result<Phase> {
+        if phase.is_busy() {
+            phase = self.step(phase);
+        }
+        let busy = phase.is_busy();
         let mut events = [EpollEvent::empty(); 4];
-        let count = match self.epoll.wait(&mut events, EpollTimeout::NONE) {
+        let patience = if busy { EpollTimeout::ZERO } else { EpollTimeout::NONE };
+        let count = match self.epoll.wait(&mut events, patience) {
             Err(Errno::EINTR) => 0,
             outcome => outcome?,
         };
         for event in &events[..count] {
             match event.data() {
                 LISTENER => self.accept()?,
+                // Requests are answered in their order: the next one waits.
+                CONNECTION if busy => {}
                 CONNECTION => phase = self.receive(phase),
                 DIALS => self.forward_dials(),
                 _ => {}
@@ -128,6 +140,7 @@ impl Server {
         let connection = unsafe { OwnedFd::from_raw_fd(fd) };
         // Closing the older connection takes it out of the epoll.
         self.connection = None;
+        self.unanswered = None;
         self.epoll
             .add(&connection, EpollEvent::new(EpollFlags::EPOLLIN, CONNECTION))?;
         self.connection = Some(connection);
@@ -190,14 +203,28 @@ impl Server {
                 ));
             }
         }
-        self.respond(request.id, outcome);
+        match outcome {
+            Ok(Answer::Later) => self.unanswered = Some(request.id),
+            outcome => self.respond(request.id, outcome),
+        }
+        phase
+    }
+
+    fn step(&mut self, phase: Phase) -> Phase {
+        let (phase, outcome) = phase.step();
+        if let Some((outcome, id)) = outcome.and_then(|outcome| Some((outcome, self.unanswered.take()?))) {
+            self.respond(id, outcome);
+        }
         phase
     }
 
     fn respond(&mut self, id: u64, outcome: Result<Answer, Failure>) {
         let stop = matches!(outcome, Ok(Answer::Stop));
         let result = match outcome {
-            Ok(Answer::Ok | Answer::Stop) => response::Result::Ok(WireOk {}),
+            Ok(Answer::Ok | Answer::Later | Answer::Stop) => response::Result::Ok(WireOk::default()),
+            Ok(Answer::Saved(report)) => response::Result::Ok(WireOk {
+                saved: Some(saved(&report)),
+            }),
             Ok(Answer::State(phase, counters, memory)) => response::Result::State(State {
                 memory,
                 ..self.state(phase, counters)
@@ -247,5 +274,16 @@ impl Server {
         if packet::send(connection.as_fd(), &bytes, fds).is_err() {
             self.connection = None;
         }
+    }
+}
+
+fn saved(report: &Report) -> Saved {
+    let paused = report.paused.unwrap_or_default().as_micros();
+    Saved {
+        id: report.id.to_vec(),
+        paused_us: u64::try_from(paused).unwrap_or(u64::MAX),
+        written_bytes: report.written,
+        written_paused_bytes: report.written_paused,
+        rounds: report.rounds,
     }
 }

@@ -10,6 +10,7 @@ use nix::sys::prctl;
 use nix::unistd::{ForkResult, Gid, Uid, chdir, fork, pipe, pivot_root, setgroups, setresgid, setresuid};
 
 use super::Error;
+use crate::memory::pagemap::Pagemap;
 
 /// The namespaces that a VMM has for itself.
 const NAMESPACES: CloneFlags = CloneFlags::CLONE_NEWUSER
@@ -29,8 +30,13 @@ pub enum Placed {
         /// Whether the child is in place.
         child_in_place: bool,
     },
-    /// The one in the jail. It must tell the launcher when it is ready.
-    Jailed(Ready),
+    /// The one in the jail.
+    Jailed {
+        /// It must tell the launcher when it is ready.
+        ready: Ready,
+        /// Its own page tables, to be read: there is no /proc in the jail.
+        pagemap: Pagemap,
+    },
 }
 
 /// The jailed process's word to its launcher. Dropped without a word, the launcher reports failure.
@@ -77,11 +83,13 @@ pub fn enter(uid: u32, gid: u32) -> Result<Placed, Error> {
         }
         ForkResult::Child => {
             drop(reader);
+            let pagemap = Pagemap::of_this_process().map_err(step("opening /proc/self/pagemap"))?;
             empty_root()?;
             drop_capabilities()?;
             prctl::set_no_new_privs().map_err(step("no_new_privs"))?;
             prctl::set_dumpable(false).map_err(step("making the process undumpable"))?;
-            Ok(Placed::Jailed(Ready(writer)))
+            let ready = Ready(writer);
+            Ok(Placed::Jailed { ready, pagemap })
         }
     }
 }

@@ -90,6 +90,7 @@ const EVENTS: &[c_long] = &[libc::SYS_epoll_ctl, libc::SYS_epoll_wait];
 /// The control thread: packets, kicks, and what a disk, tap or socket needs to be looked at and made ready.
 const CONTROL: &[c_long] = &[
     libc::SYS_accept4,
+    libc::SYS_fallocate, // a snapshot's files
     libc::SYS_fcntl,     // F_GETFL and F_SETFL of what is bound
     libc::SYS_ftruncate, // a snapshot's files
     libc::SYS_getpid,    // a part of pthread_kill
@@ -196,6 +197,8 @@ const KVM_VCPU_LOAD: &[u64] = &[
 
 /// Those of a whole machine that is saved or claimed.
 const KVM_SAVE: &[u64] = &[
+    0xae42, // KVM_GET_DIRTY_LOG
+    0xae46, // KVM_SET_USER_MEMORY_REGION: turns the dirty log on and off
     0xae62, // KVM_GET_IRQCHIP
     0xae7b, // KVM_SET_CLOCK
     0xae7c, // KVM_GET_CLOCK

@@ -2,8 +2,10 @@
 //!
 //! ```text
 //! Shell --create--> Created --load_kernel, start--> Running --pause--> Paused --save
-//!   |                                                ^   ^                |
-//!   +--reserve--> Reserved --load--> Parked --claim--+   +-----resume-----+
+//!   |                                                ^  |^ ^              |
+//!   +--reserve--> Reserved --load--> Parked --claim--+  || +---resume-----+
+//!                                          \--save      |+--- Saving, step after step
+//!                                                       +---save--^
 //! ```
 //!
 //! A step that fails hands the phase back that it began in. Disks, taps and sockets are bound in any phase but the first.
@@ -12,21 +14,25 @@
 #![allow(clippy::result_large_err)]
 
 use std::fs::File;
+use std::sync::Arc;
 
 use kvm_ioctls::Kvm;
 
 use super::config::Config;
-use super::snapshot::Time;
+use super::saving::{Live, Next};
+use super::snapshot::{Report, SaveRequest, Time};
 use super::{Error, Machine};
 use crate::acpi;
 use crate::boot::{self, Entry};
 use crate::dial::Dialer;
 use crate::exit::ExitLatch;
 use crate::jail::{Confine, ThreadsFor};
+use crate::memory::pagemap::Pagemap;
 
 /// Before a machine is asked for.
 pub struct Shell {
     pub(super) kvm: Kvm,
+    pub(super) pagemap: Arc<Pagemap>,
     pub(super) exit: ExitLatch,
     pub(super) confine: Confine,
     pub(super) dialer: Dialer,
@@ -55,6 +61,22 @@ pub struct Running {
     machine: Machine,
 }
 
+/// The guest runs, and its memory is being copied.
+pub struct Saving {
+    machine: Machine,
+    live: Live,
+}
+
+/// What comes of a step of [`Saving`].
+pub enum Step {
+    /// There is more to do.
+    More(Saving),
+    /// It has ended, well or not; the guest runs.
+    Running(Running, Result<Report, Error>),
+    /// The guest was stopped and cannot go on.
+    Paused(Paused, Error),
+}
+
 /// The guest was running and stands still; so do its devices.
 pub struct Paused {
     machine: Machine,
@@ -63,9 +85,10 @@ pub struct Paused {
 impl Shell {
     /// A process that can make one machine.
     #[must_use]
-    pub fn new(kvm: Kvm, exit: ExitLatch, confine: Confine, dialer: Dialer) -> Self {
+    pub fn new(kvm: Kvm, pagemap: Pagemap, exit: ExitLatch, confine: Confine, dialer: Dialer) -> Self {
         Self {
             kvm,
+            pagemap: Arc::new(pagemap),
             exit,
             confine,
             dialer,
@@ -130,12 +153,12 @@ impl Created {
 }
 
 impl Reserved {
-    /// Loads a snapshot.
+    /// Loads a snapshot: its own memory file, then those of its bases.
     ///
     /// # Errors
     /// It cannot be read, is another host's or another machine's, or KVM refuses what is in it. Nothing has run, and
     /// another one can be loaded.
-    pub fn load(self, state: &File, memory: File) -> Result<Parked, (Self, Error)> {
+    pub fn load(self, state: &File, memory: Vec<File>) -> Result<Parked, (Self, Error)> {
         let loaded = self.machine.load(state, memory);
         let narrowed = loaded.and_then(|time| {
             self.machine.narrow_vcpus(&self.confine)?;
@@ -167,9 +190,8 @@ impl Parked {
     ///
     /// # Errors
     /// A file cannot be written, or KVM refuses.
-    pub fn save(&self, state: &File, memory: &File) -> Result<(), Error> {
-        // SAFETY: neither vCPUs nor devices have begun, or do so while this phase is borrowed.
-        unsafe { self.machine.save(state, memory, Some(&self.time)) }
+    pub fn save(&self, request: SaveRequest) -> Result<Report, Error> {
+        self.machine.save(request, Some(&self.time))
     }
 }
 
@@ -181,11 +203,25 @@ impl Running {
     pub fn pause(self) -> Result<Paused, (Self, Error)> {
         match self.machine.pause() {
             Ok(()) => Ok(Paused { machine: self.machine }),
-            Err(error) => match self.machine.resume() {
-                Ok(()) => Err((self, error)),
-                // Both failures have the same cause; the first tells it.
-                Err(_) => Err((self, error)),
-            },
+            Err(error) => {
+                // If that fails too, both failures have the same cause; the first tells it.
+                let _ = self.machine.resume();
+                Err((self, error))
+            }
+        }
+    }
+
+    /// Begins to save the machine while the guest goes on.
+    ///
+    /// # Errors
+    /// A file cannot be written, or KVM refuses.
+    pub fn save(self, request: SaveRequest) -> Result<Saving, (Self, Error)> {
+        match Live::begin(&self.machine, request) {
+            Ok(live) => Ok(Saving {
+                machine: self.machine,
+                live,
+            }),
+            Err(error) => Err((self, error)),
         }
     }
 }
@@ -208,9 +244,27 @@ impl Paused {
     ///
     /// # Errors
     /// A file cannot be written, or KVM refuses. The guest can be resumed all the same.
-    pub fn save(&self, state: &File, memory: &File) -> Result<(), Error> {
-        // SAFETY: vCPUs and devices stand still as long as this phase is borrowed.
-        unsafe { self.machine.save(state, memory, None) }
+    pub fn save(&self, request: SaveRequest) -> Result<Report, Error> {
+        self.machine.save(request, None)
+    }
+}
+
+impl Saving {
+    /// Does a part of the work, which takes no longer than a request that is answered at once; the last one stops the guest.
+    #[must_use]
+    pub fn step(mut self) -> Step {
+        let outcome = match self.live.step(&self.machine) {
+            Ok(Next::Copy) => return Step::More(self),
+            Ok(Next::Stop) => self.live.finish(&self.machine),
+            Err(error) => {
+                self.live.abandon(&self.machine);
+                Ok(Err(error))
+            }
+        };
+        match outcome {
+            Ok(saved) => Step::Running(Running { machine: self.machine }, saved),
+            Err(stuck) => Step::Paused(Paused { machine: self.machine }, stuck),
+        }
     }
 }
 
@@ -221,6 +275,12 @@ impl AsRef<Machine> for Created {
 }
 
 impl AsRef<Machine> for Running {
+    fn as_ref(&self) -> &Machine {
+        &self.machine
+    }
+}
+
+impl AsRef<Machine> for Saving {
     fn as_ref(&self) -> &Machine {
         &self.machine
     }

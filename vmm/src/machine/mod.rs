@@ -2,13 +2,14 @@
 //!
 //! - [`life`]: the phases that it goes through, each a type of its own;
 //! - [`parts`]: how its parts are made, [`config`] of what was asked for, [`devices`] in their windows;
-//! - [`snapshot`]: saving and loading it, with the interrupt controllers of [`chipset`].
+//! - [`snapshot`]: saving and loading it, with the interrupt controllers of [`chipset`]; [`saving`]: while the guest runs.
 
 pub mod chipset;
 pub mod config;
 pub mod devices;
 pub mod life;
 pub mod parts;
+pub mod saving;
 pub mod snapshot;
 
 use std::io;
@@ -22,7 +23,7 @@ use thiserror::Error;
 
 use self::config::Config;
 use self::devices::{AnyDevice, Builder, Slot};
-pub use self::life::{Created, Parked, Paused, Reserved, Running, Shell};
+pub use self::life::{Created, Parked, Paused, Reserved, Running, Saving, Shell, Step};
 pub use self::parts::create_vm;
 use crate::acpi::{self, VirtioWindow};
 use crate::boot::{self, Entry};
@@ -30,7 +31,8 @@ use crate::bus::{self, Bus};
 use crate::dial::Dialer;
 use crate::exit::ExitLatch;
 use crate::jail::ThreadsFor;
-use crate::memory::{self, GuestMemory};
+use crate::memory::pagemap::Pagemap;
+use crate::memory::{self, Anonymous, GuestMemory, MemorySource};
 use crate::platform::generation::{self, Generation};
 use crate::ports::serial::{self, Serial};
 use crate::snapshot::passport::{Host, Mismatch};
@@ -121,12 +123,33 @@ pub enum Error {
         /// In what was reserved.
         ours: String,
     },
+    /// A base that nothing is known of.
+    #[error(
+        "the machine was not loaded from snapshot {}, so there is no telling what differs from it: leave `base` empty{}",
+        memory::file::name(.asked), alternatives(.known)
+    )]
+    NoBase {
+        /// What was asked for.
+        asked: memory::file::Id,
+        /// What there is.
+        known: Vec<memory::file::Id>,
+    },
+    /// A file that would be taken away from under the guest.
+    #[error("the {0} file is one that this machine was loaded from, and its guest lives in it: save into another one")]
+    InUse(&'static str),
     /// A file that cannot be written to at any place of it.
     #[error("the {0} file cannot be written to: it must be open for writing and without O_APPEND")]
     Unwritable(&'static str),
     /// Start without a kernel.
     #[error("no kernel is loaded: send LoadKernel first")]
     NoKernel,
+}
+
+fn alternatives(known: &[memory::file::Id]) -> String {
+    known
+        .iter()
+        .map(|id| format!(", or take {}", memory::file::name(id)))
+        .collect()
 }
 
 fn kvm(what: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> Error {
@@ -152,6 +175,9 @@ pub struct Machine {
     generation: Generation,
     windows: Vec<VirtioWindow>,
     memory: GuestMemory,
+    /// Where its memory came from.
+    source: Mutex<Arc<dyn MemorySource>>,
+    pagemap: Arc<Pagemap>,
     shape: CreateMachine,
     host: Host,
     exit: ExitLatch,
@@ -165,7 +191,7 @@ impl Machine {
         let mut ranges = memory::layout(config.memory);
         ranges.extend(memory::hotplug(config.hotplug));
         let memory = memory::reserve(&ranges)?;
-        parts::register_memory(&vm, &memory)?;
+        parts::register_memory(&vm, &memory, 0)?;
         let (ports, serial) = parts::port_bus(&vm, &shell.exit)?;
         let generation = parts::generation(&vm, &memory)?;
         let mut mmio = Bus::new();
@@ -214,6 +240,8 @@ impl Machine {
             generation,
             windows,
             memory,
+            source: Mutex::new(Arc::new(Anonymous)),
+            pagemap: shell.pagemap.clone(),
             shape: config.shape.clone(),
             host: host_facts,
             exit: shell.exit.clone(),

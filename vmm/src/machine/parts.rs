@@ -47,11 +47,12 @@ pub fn create_vm(host: &Kvm) -> Result<VmFd, Error> {
     Ok(vm)
 }
 
-pub(super) fn register_memory(vm: &VmFd, memory: &GuestMemory) -> Result<(), Error> {
+/// Gives the VM its memory, or its memory slots other flags.
+pub(super) fn register_memory(vm: &VmFd, memory: &GuestMemory, flags: u32) -> Result<(), Error> {
     for (slot, region) in (0..).zip(memory.iter()) {
         let area = kvm_userspace_memory_region {
             slot,
-            flags: 0,
+            flags,
             guest_phys_addr: region.start_addr().0,
             memory_size: region.len(),
             userspace_addr: region.as_ptr() as u64,

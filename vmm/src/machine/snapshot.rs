@@ -5,6 +5,8 @@
 
 use std::fs::File;
 use std::io;
+use std::sync::Arc;
+use std::time::Duration;
 
 use flint_api::vmm::{CreateMachine, ExitReason};
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
@@ -14,8 +16,11 @@ use super::{Error, Machine, chipset, host, named};
 use crate::control::commands;
 use crate::exit::Exit;
 use crate::jail::Confine;
-use crate::memory::file::{self, PrivateFile};
-use crate::memory::{self, MemorySource, Range};
+use crate::memory::file::{self, Difference, Id, MAX_RUNS, Trailer};
+use crate::memory::mapped::MappedFiles;
+use crate::memory::pages::{PAGE, Pages};
+use crate::memory::writer::{Over, Writer};
+use crate::memory::{self, HOTPLUG_START, MemorySource, Range, Region};
 use crate::snapshot::{MachineRecord, RangeRecord, Snapshot};
 use crate::vcpu::state::{VcpuState, VcpuTime};
 use crate::virtio::core::lock;
@@ -31,35 +36,194 @@ pub struct Time {
     going_on: Vec<VcpuTime>,
 }
 
-impl Machine {
-    /// Saves a machine that stands still: memory first, so that a state file that is whole has a memory file that is. `time`
-    /// is that of a machine which has not run since it was loaded.
-    ///
-    /// # Safety
-    /// Neither vCPUs nor devices write to guest memory meanwhile.
-    ///
-    /// # Errors
-    /// A file cannot be written, or KVM refuses.
-    pub(super) unsafe fn save(&self, state: &File, memory: &File, time: Option<&Time>) -> Result<(), Error> {
-        writable(state, "state")?;
-        writable(memory, "memory")?;
+/// What a save is asked for.
+#[derive(Debug)]
+pub struct SaveRequest {
+    /// Where the state goes.
+    pub state: File,
+    /// Where the memory goes.
+    pub memory: File,
+    /// The snapshot that the memory file is to be the difference to.
+    pub base: Option<Id>,
+}
+
+/// What a save came to.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Report {
+    /// What names the snapshot.
+    pub id: Id,
+    /// How long the guest stood still, if it ran before.
+    pub paused: Option<Duration>,
+    /// Bytes of guest memory that were written.
+    pub written: u64,
+    /// Of these, while the guest stood still.
+    pub written_paused: u64,
+    /// How often the pages were gone through while the guest ran.
+    pub rounds: u32,
+}
+
+/// Two files in the making.
+#[derive(Debug)]
+pub(super) struct Save {
+    pub(super) id: Id,
+    pub(super) memory: Writer,
+    state: File,
+    base: Option<Base>,
+}
+
+#[derive(Debug)]
+struct Base {
+    /// It and those that it is based on.
+    ids: Vec<Id>,
+    /// What this machine was loaded with that differs from it.
+    loaded: Pages,
+}
+
+/// Gaps of so many pages are saved with the runs around them: a mapping costs a clone more than so much of the page cache.
+const GAP: u64 = 8;
+
+impl Save {
+    /// Looks at what is asked for, and empties both files: what is there is no snapshot any more, from before the first byte of
+    /// its memory goes.
+    pub(super) fn begin(machine: &Machine, request: SaveRequest) -> Result<Self, Error> {
+        let SaveRequest { state, memory, base } = request;
+        writable(&state, "state")?;
+        writable(&memory, "memory")?;
+        let source = lock(&machine.source).clone();
+        for (file, name) in [(&state, "state"), (&memory, "memory")] {
+            if source.uses(file).map_err(host("looking at a file"))? {
+                return Err(Error::InUse(name));
+            }
+        }
+        let known = source.snapshots();
+        let base = base.map(|asked| {
+            let place = known.iter().position(|id| *id == asked);
+            place
+                .zip(source.since(&asked))
+                .map(|(place, loaded)| Base {
+                    ids: known[place..].to_vec(),
+                    loaded,
+                })
+                .ok_or_else(|| Error::NoBase {
+                    asked,
+                    known: known.to_vec(),
+                })
+        });
+        let base = base.transpose()?;
         let id = random_id().map_err(host("making a snapshot's id"))?;
-        let mut snapshot = self.take(id)?;
+        state.set_len(0).map_err(crate::snapshot::Error::Write)?;
+        let memory = Writer::begin(memory, &machine.memory).map_err(memory::Error::File)?;
+        Ok(Self {
+            id,
+            memory,
+            state,
+            base,
+        })
+    }
+
+    /// The pages that belong into the memory file, as it is now.
+    pub(super) fn pages(&self, machine: &Machine, plugged: &[Range]) -> Result<Pages, Error> {
+        let places = machine.places(plugged);
+        let own = machine.own_pages(&places)?;
+        Ok(match &self.base {
+            None => own.or(&lock(&machine.source).content().and(&places)),
+            Some(base) => own.or(&base.loaded.and(&places)).in_runs(MAX_RUNS, GAP),
+        })
+    }
+
+    /// Makes the two files a snapshot: `pages` are in the memory file.
+    pub(super) fn finish(&self, machine: &Machine, pages: Pages, time: Option<&Time>) -> Result<(), Error> {
+        let mut snapshot = machine.take(self.id)?;
         if let Some(time) = time {
             snapshot.clock = time.clock;
             for (vcpu, time) in snapshot.vcpus.iter_mut().zip(&time.vcpus) {
                 vcpu.time = *time;
             }
         }
-        // What is there is no snapshot any more, from before the first byte of its memory goes.
-        state.set_len(0).map_err(crate::snapshot::Error::Write)?;
-        // SAFETY: the caller's promise.
-        unsafe { file::save(&self.memory, &self.plugged()?, memory, id) }.map_err(memory::Error::File)?;
-        Ok(snapshot.write(state)?)
+        let bases = self.base.iter().flat_map(|base| &base.ids);
+        snapshot.machine.bases = bases.map(|id| id.to_vec()).collect();
+        let base = self.base.as_ref().and_then(|base| base.ids.first());
+        let trailer = Trailer {
+            id: self.id,
+            difference: base.map(|base| Difference { base: *base, pages }),
+        };
+        self.memory.finish(&trailer).map_err(memory::Error::File)?;
+        Ok(snapshot.write(&self.state)?)
     }
 
-    /// Memory that the guest has plugged: the rest of where it could be has no content.
-    fn plugged(&self) -> Result<Vec<Range>, Error> {
+    /// Leaves both files empty.
+    pub(super) fn abandon(&self) {
+        // A state file that is cut short is no state file, whether this works or not.
+        let _ = self.state.set_len(0);
+        self.memory.abandon();
+    }
+}
+
+impl Machine {
+    /// Saves a machine that stands still: memory first, so that a state file that is whole has a memory file that is. `time`
+    /// is that of a machine which has not run since it was loaded.
+    ///
+    /// # Errors
+    /// A file cannot be written, or KVM refuses.
+    pub(super) fn save(&self, request: SaveRequest, time: Option<&Time>) -> Result<Report, Error> {
+        let mut save = Save::begin(self, request)?;
+        let saved = self.save_all(&mut save, time);
+        if saved.is_err() {
+            save.abandon();
+        }
+        saved
+    }
+
+    fn save_all(&self, save: &mut Save, time: Option<&Time>) -> Result<Report, Error> {
+        let pages = save.pages(self, &self.plugged()?)?;
+        let written = save.memory.copy(&self.memory, &pages, Over::Holes);
+        let written = written.map_err(memory::Error::File)?;
+        save.finish(self, pages, time)?;
+        Ok(Report {
+            id: save.id,
+            written,
+            written_paused: written,
+            ..Report::default()
+        })
+    }
+
+    /// Where there may be something in guest memory. Of what lies from [`HOTPLUG_START`] on this is `plugged` alone: the rest,
+    /// which may be a hundred times as much, has no content.
+    fn places(&self, plugged: &[Range]) -> Pages {
+        let mut places = Pages::default();
+        for (first, region) in memory::numbered(&self.memory) {
+            for (start, end) in parts(region, plugged) {
+                places.push(first + start / PAGE..first + end / PAGE);
+            }
+        }
+        places
+    }
+
+    /// Of these, the pages that are not as they were loaded, or were read before there was anything in them.
+    fn own_pages(&self, places: &Pages) -> Result<Pages, Error> {
+        let mut own = Pages::default();
+        for (first, region) in memory::numbered(&self.memory) {
+            let here = places.and(&Pages::run(first..first + region.len() / PAGE));
+            for run in here.runs() {
+                // An offset within a region, which is mapped as a whole.
+                let offset = usize::try_from((run.start - first) * PAGE).unwrap_or(0);
+                let address = region.as_ptr().wrapping_add(offset);
+                let asked = self.pagemap.own(address, run.clone(), &mut own);
+                asked.map_err(|error| memory::Error::File(file::Error::Pagemap(error)))?;
+            }
+        }
+        Ok(own)
+    }
+
+    /// Where the guest has plugged memory, or may, as far as can be told while it runs.
+    pub(super) fn plugged_somewhere(&self) -> Vec<Range> {
+        let plugged = self.memory_state().plugged_bytes > 0;
+        let all = memory::hotplug(self.shape.hotplug_bytes);
+        all.filter(|_| plugged).into_iter().collect()
+    }
+
+    /// Memory that the guest has plugged: the rest of where it could be has no content. The device must be paused.
+    pub(super) fn plugged(&self) -> Result<Vec<Range>, Error> {
         let Some(mem) = &self.mem else {
             return Ok(Vec::new());
         };
@@ -103,18 +267,21 @@ impl Machine {
         MachineRecord {
             shape: Some(self.shape.clone()),
             ranges: ranges.collect(),
+            bases: Vec::new(),
         }
     }
 
     /// Loads a snapshot into a machine that has not run.
-    pub(super) fn load(&self, state: &File, memory: File) -> Result<Time, Error> {
+    pub(super) fn load(&self, state: &File, memory: Vec<File>) -> Result<Time, Error> {
         let snapshot = Snapshot::read(state)?;
         let khz = self.host.check(&snapshot.passport)?;
         self.fits(&snapshot)?;
-        let size = file::size(&self.memory);
-        let memory = PrivateFile::open(memory, snapshot.id, size).map_err(memory::Error::File)?;
-        memory.fill(&self.memory)?;
-        self.set(snapshot, khz)
+        let ids = snapshot.machine.files(snapshot.id)?;
+        let source = MappedFiles::open(memory, ids, memory::size(&self.memory)).map_err(memory::Error::File)?;
+        source.fill(&self.memory)?;
+        let time = self.set(snapshot, khz)?;
+        *lock(&self.source) = Arc::new(source);
+        Ok(time)
     }
 
     /// Looks whether a snapshot is of a machine like this one.
@@ -206,6 +373,20 @@ impl Machine {
     }
 }
 
+/// The parts of a region that have a content, as offsets in it.
+fn parts(region: &Region, plugged: &[Range]) -> Vec<(u64, u64)> {
+    let (GuestAddress(start), length) = (region.start_addr(), region.len());
+    if start < HOTPLUG_START {
+        return vec![(0, length)];
+    }
+    let offset = |address: u64| address.saturating_sub(start).min(length);
+    let parts = plugged.iter().map(|range| {
+        let end = range.start.saturating_add(range.size);
+        (offset(range.start), offset(end))
+    });
+    parts.filter(|(start, end)| start < end).collect()
+}
+
 /// The first thing in which two machines differ: its name, and how it is in each.
 fn difference(theirs: &CreateMachine, ours: &CreateMachine) -> Option<(&'static str, String, String)> {
     let parts = |machine: &CreateMachine| {
@@ -241,8 +422,8 @@ fn writable(file: &File, name: &'static str) -> Result<(), Error> {
     }
 }
 
-fn random_id() -> io::Result<[u8; 16]> {
-    let mut id = [0; 16];
+fn random_id() -> io::Result<Id> {
+    let mut id = Id::default();
     // SAFETY: the buffer is ours and as long as we say; so few bytes come whole (getrandom(2)).
     let count = unsafe { libc::getrandom(id.as_mut_ptr().cast(), id.len(), 0) };
     if usize::try_from(count) == Ok(id.len()) {

@@ -2,33 +2,44 @@
 //!
 //! ```text
 //!   0      the ranges of guest memory, one after the other (see `layout`); pages of zeros are holes
-//!   size   one page: magic "FLINTMEM", format u32, zero u32, snapshot id 16 bytes, size u64, BLAKE3 of these 40 bytes
+//!   size   one page that says what this is:
+//!            magic "FLINTMEM", format u32, zero u32, snapshot id 16 bytes, size u64     all numbers little endian
+//!            format 1, all of guest memory:  BLAKE3 of these 40 bytes
+//!            format 2, what differs from the base:  base's id 16 bytes, number of runs u64, BLAKE3 of the table,
+//!                                            BLAKE3 of these 96 bytes
+//!   then   format 2 only: a table of the runs of pages that are in here: first page u64, number of pages u64
 //! ```
 //!
-//! Where memory may be plugged, what is not plugged is a hole, and a region that is one hole is not mapped at all: it stays as
-//! it was reserved. Mapped privately: what a clone writes is its own, what it only reads it shares with all others in the page cache. The last
-//! page ties the file to its state file. It does not vouch for the contents: to hash them all would cost more than the whole
-//! rest of a restore, so who stores the file keeps it from changing (and verifies it when it comes from elsewhere).
+//! In a file of format 2 a hole within a run is zeros, and what is in no run is the base's. That the runs are told, and not read
+//! off the file's holes, lets it be copied by any program. The last page ties the file to its state file, and to its base. It
+//! does not vouch for the pages: to hash them all would cost more than the whole rest of a restore, so who stores the file
+//! keeps it from changing (and verifies it when it comes from elsewhere).
+//!
+//! `writer` writes it, `mapped` uses it.
 
 use std::fs::File;
 use std::io;
-use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
-use std::slice;
 
 use thiserror::Error;
-use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
-use super::{GuestMemory, HOTPLUG_START, MemorySource, Range};
+use super::pages::{PAGE, PAGE_BYTES, Pages};
+
+/// What names a snapshot.
+pub type Id = [u8; 16];
 
 const MAGIC: [u8; 8] = *b"FLINTMEM";
-const FORMAT: u32 = 1;
-/// The unit of holes, and of the last page.
-const PAGE: usize = 4096;
-/// What the last page's digest covers.
+const FULL: u32 = 1;
+const DIFFERENCE: u32 = 2;
+/// What the digest of a full file's last page covers.
 const COVERED: usize = 40;
-/// Longest run of pages that is written at once.
-const MAX_RUN: usize = 4 << 20;
+const COVERED_DIFFERENCE: usize = 96;
+const DIGEST: usize = blake3::OUT_LEN;
+/// Bytes of a run in the table.
+const RUN: usize = 16;
+/// Most runs of a difference. A clone has a mapping for each, and another between two of them, of which Linux allows 65530
+/// (Documentation/admin-guide/sysctl/vm.rst, `max_map_count`).
+pub const MAX_RUNS: usize = 8192;
 
 /// A memory file that cannot be written or used.
 #[derive(Debug, Error)]
@@ -42,6 +53,9 @@ pub enum Error {
     /// Writing failed.
     #[error("writing guest memory to the memory file")]
     Write(#[source] io::Error),
+    /// The page tables tell nothing.
+    #[error("asking the kernel which pages of guest memory are in use")]
+    Pagemap(#[source] io::Error),
     /// Of another machine, or cut off.
     #[error(
         "the memory file has {found} bytes, the snapshot's machine needs {expected}: it was cut off, or is another's"
@@ -55,9 +69,36 @@ pub enum Error {
     /// Damaged, or something else.
     #[error("the memory file's last page is damaged, or this is no memory file")]
     Trailer,
+    /// The table of runs.
+    #[error("the memory file's table of pages is damaged")]
+    Table,
     /// The other half of another snapshot.
     #[error("the memory file belongs to another snapshot than the state file")]
     Foreign,
+    /// The base is another snapshot.
+    #[error(
+        "base {place} is the memory of snapshot {}, but {} is needed: pass the memory files that this snapshot was taken \
+         against, the nearest first", name(.found), name(.expected)
+    )]
+    Base {
+        /// Counted from 1.
+        place: usize,
+        /// What the state file names.
+        expected: Id,
+        /// What the memory file is.
+        found: Id,
+    },
+    /// State file and memory file disagree about what a file is based on.
+    #[error("the memory file of snapshot {} is not based on what the state file says", name(.0))]
+    Chain(Id),
+    /// Too few or too many files.
+    #[error("the snapshot has {expected} bases, {found} came: pass the memory files of all of them, the nearest first")]
+    Bases {
+        /// As the state file names them.
+        expected: usize,
+        /// How many there are.
+        found: usize,
+    },
     /// The host refuses.
     #[error("mapping the memory file over {size:#x} bytes of guest memory")]
     Map {
@@ -68,281 +109,220 @@ pub enum Error {
     },
 }
 
-/// Bytes of guest memory, which is as long as the part of the file before its last page.
+/// An id as people read it.
 #[must_use]
-pub fn size(memory: &GuestMemory) -> u64 {
-    memory.iter().map(GuestMemoryRegion::len).sum()
+pub fn name(id: &Id) -> String {
+    id.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
-fn trailer(id: [u8; 16], size: u64) -> [u8; PAGE] {
-    let mut page = [0; PAGE];
-    page[..8].copy_from_slice(&MAGIC);
-    page[8..12].copy_from_slice(&FORMAT.to_le_bytes());
-    page[16..32].copy_from_slice(&id);
-    page[32..COVERED].copy_from_slice(&size.to_le_bytes());
-    let digest = blake3::hash(&page[..COVERED]);
-    page[COVERED..COVERED + blake3::OUT_LEN].copy_from_slice(digest.as_bytes());
-    page
+/// What the last page says.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Trailer {
+    /// The snapshot that the file belongs to.
+    pub id: Id,
+    /// None: all of guest memory is in it.
+    pub difference: Option<Difference>,
 }
 
-/// Writes guest memory into `file`, in place of what is in it. Of what lies from [`HOTPLUG_START`] on, only `plugged` is looked
-/// at: to read the rest, which may be a hundred times as much, would cost time and page tables.
-///
-/// # Safety
-/// Nobody writes to guest memory meanwhile: vCPUs and devices stand still.
-///
-/// # Errors
-/// The host cannot write it. What is in the file then is refused by [`PrivateFile::open`].
-pub unsafe fn save(memory: &GuestMemory, plugged: &[Range], file: &File, id: [u8; 16]) -> Result<(), Error> {
-    let size = size(memory);
-    // To nothing first: whatever was there becomes a hole, and an old last page is gone before the first new byte.
-    file.set_len(0).map_err(Error::Write)?;
-    file.set_len(size).map_err(Error::Write)?;
-    let mut offset = 0;
-    for region in memory.iter() {
-        let length = usize::try_from(region.len()).unwrap_or(0);
-        // SAFETY: the region is mapped for as long as `memory` lives, and nobody writes to it (the caller's promise).
-        let bytes = unsafe { slice::from_raw_parts(region.as_ptr(), length) };
-        for part in parts(region, plugged) {
-            for (start, end) in runs(&bytes[part.clone()]) {
-                let (start, end) = (part.start + start, part.start + end);
-                file.write_all_at(&bytes[start..end], offset + start as u64)
-                    .map_err(Error::Write)?;
+/// What is in a file that is not all of guest memory.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Difference {
+    /// Where the rest is.
+    pub base: Id,
+    /// The pages that are in the file.
+    pub pages: Pages,
+}
+
+impl Trailer {
+    /// Of a file with all of guest memory.
+    #[must_use]
+    pub fn full(id: Id) -> Self {
+        Self { id, difference: None }
+    }
+
+    /// The last page, and the table.
+    fn encode(&self, size: u64) -> Vec<u8> {
+        let mut page = vec![0; PAGE_BYTES];
+        let format = if self.difference.is_some() { DIFFERENCE } else { FULL };
+        page[..8].copy_from_slice(&MAGIC);
+        page[8..12].copy_from_slice(&format.to_le_bytes());
+        page[16..32].copy_from_slice(&self.id);
+        page[32..COVERED].copy_from_slice(&size.to_le_bytes());
+        let mut covered = COVERED;
+        let mut table = Vec::new();
+        if let Some(Difference { base, pages }) = &self.difference {
+            for run in pages.runs() {
+                table.extend(run.start.to_le_bytes());
+                table.extend((run.end - run.start).to_le_bytes());
             }
+            page[40..56].copy_from_slice(base);
+            page[56..64].copy_from_slice(&(pages.runs().len() as u64).to_le_bytes());
+            page[64..COVERED_DIFFERENCE].copy_from_slice(blake3::hash(&table).as_bytes());
+            covered = COVERED_DIFFERENCE;
         }
-        offset += region.len();
+        let digest = blake3::hash(&page[..covered]);
+        page[covered..covered + DIGEST].copy_from_slice(digest.as_bytes());
+        page.extend(table);
+        page
     }
-    file.write_all_at(&trailer(id, size), size).map_err(Error::Write)
-}
 
-/// The parts of a region that have a content, as offsets in it.
-fn parts(region: &impl GuestMemoryRegion, plugged: &[Range]) -> Vec<std::ops::Range<usize>> {
-    let (start, length) = (region.start_addr().0, region.len());
-    let offset = |address: u64| usize::try_from(address.saturating_sub(start).min(length)).unwrap_or(0);
-    if start < HOTPLUG_START {
-        return std::iter::once(0..offset(start + length)).collect();
-    }
-    let plugged = plugged.iter();
-    plugged
-        .map(|range| offset(range.start)..offset(range.start.saturating_add(range.size)))
-        .filter(|part| !part.is_empty())
-        .collect()
-}
-
-/// Whether `file` has anything from `offset` to `end`. A file system that does not know of holes says that it has.
-fn has_data(file: &File, offset: i64, end: i64) -> bool {
-    // SAFETY: lseek takes no pointers. What it moves is not used: all reading here is by offset.
-    let data = unsafe { libc::lseek(file.as_raw_fd(), offset, libc::SEEK_DATA) };
-    // ENXIO: nothing up to the end of the file.
-    data < end && (data >= 0 || io::Error::last_os_error().raw_os_error() != Some(libc::ENXIO))
-}
-
-/// Runs of pages that are not all zero.
-fn runs(bytes: &[u8]) -> impl Iterator<Item = (usize, usize)> {
-    let mut at = 0;
-    std::iter::from_fn(move || {
-        let pages = |from: usize| (from..bytes.len()).step_by(PAGE);
-        let is_zero = |page: &usize| zero(&bytes[*page..*page + PAGE]);
-        let start = pages(at).find(|page| !is_zero(page))?;
-        let most = bytes.len().min(start + MAX_RUN);
-        let end = pages(start).find(|page| *page >= most || is_zero(page));
-        at = end.unwrap_or(bytes.len());
-        Some((start, at))
-    })
-}
-
-/// Compares a page with itself, moved by some bytes: the C library does this with the widest registers that there are.
-fn zero(page: &[u8]) -> bool {
-    const STEP: usize = 16;
-    page[..STEP] == [0; STEP] && page[..page.len() - STEP] == page[STEP..]
-}
-
-/// A memory file, mapped privately.
-#[derive(Debug)]
-pub struct PrivateFile {
-    file: File,
-    size: u64,
-}
-
-impl PrivateFile {
-    /// Looks whether `file` is the memory of `size` bytes of the snapshot `id`.
+    /// Reads the end of a file for `size` bytes of guest memory.
     ///
     /// # Errors
-    /// It is not.
-    pub fn open(file: File, id: [u8; 16], size: u64) -> Result<Self, Error> {
+    /// It is none, damaged, or for another size.
+    pub fn read(file: &File, size: u64) -> Result<Self, Error> {
         let metadata = file.metadata().map_err(Error::Read)?;
         if !metadata.is_file() {
             return Err(Error::Kind);
         }
-        let (expected, found) = (size.saturating_add(PAGE as u64), metadata.len());
-        if expected != found {
-            return Err(Error::Length { expected, found });
+        let (least, found) = (size.saturating_add(PAGE), metadata.len());
+        let length = |expected| {
+            if expected == found {
+                Ok(())
+            } else {
+                Err(Error::Length { expected, found })
+            }
+        };
+        if found < least {
+            length(least)?;
         }
-        let mut page = [0; PAGE];
+        let mut page = [0; PAGE_BYTES];
         file.read_exact_at(&mut page, size).map_err(Error::Read)?;
-        if page == trailer(id, size) {
-            return Ok(Self { file, size });
+        let mut id = Id::default();
+        id.copy_from_slice(&page[16..32]);
+        if page[..] == Self::full(id).encode(size) {
+            length(least)?;
+            return Ok(Self::full(id));
         }
-        let mut theirs = [0; 16];
-        theirs.copy_from_slice(&page[16..32]);
-        Err(if page == trailer(theirs, size) {
-            Error::Foreign
-        } else {
-            Error::Trailer
-        })
+        let count = u64::from_le_bytes(page[56..64].try_into().map_err(|_| Error::Trailer)?);
+        let runs = usize::try_from(count).ok().filter(|count| *count <= MAX_RUNS);
+        let digest = blake3::hash(&page[..COVERED_DIFFERENCE]);
+        let Some(runs) = runs.filter(|_| page[COVERED_DIFFERENCE..][..DIGEST] == digest.as_bytes()[..]) else {
+            // An old, full file is not longer than its last page.
+            length(least)?;
+            return Err(Error::Trailer);
+        };
+        length(least.saturating_add((runs * RUN) as u64))?;
+        let mut table = vec![0; runs * RUN];
+        file.read_exact_at(&mut table, least).map_err(Error::Read)?;
+        let mut base = Id::default();
+        base.copy_from_slice(&page[40..56]);
+        let pages = pages(&table, size / PAGE).ok_or(Error::Table)?;
+        let trailer = Self {
+            id,
+            difference: Some(Difference { base, pages }),
+        };
+        // Whatever differs, a byte that has no meaning or the table's digest: it was not written by us.
+        match trailer.encode(size).split_at(PAGE_BYTES) {
+            (again, _) if again != page => Err(Error::Table),
+            (_, again) if again != table => Err(Error::Table),
+            _ => Ok(trailer),
+        }
     }
 }
 
-impl MemorySource for PrivateFile {
-    fn fill(&self, reserved: &GuestMemory) -> Result<(), super::Error> {
-        let expected = size(reserved);
-        if expected != self.size {
-            let found = self.size;
-            return Err(Error::Length { expected, found }.into());
+/// The runs of a table, if they are runs of pages of guest memory in rising order.
+fn pages(table: &[u8], end: u64) -> Option<Pages> {
+    let mut pages = Pages::default();
+    let mut least = 0;
+    for entry in table.as_chunks::<RUN>().0 {
+        let (start, count) = entry.split_at(8);
+        let start = u64::from_le_bytes(start.try_into().ok()?);
+        let run_end = start.checked_add(u64::from_le_bytes(count.try_into().ok()?))?;
+        if start < least || run_end <= start || run_end > end {
+            return None;
         }
-        let mut offset: i64 = 0;
-        for region in reserved.iter() {
-            let failed = |source| Error::Map {
-                size: region.len(),
-                source,
-            };
-            let (length, next) = usize::try_from(region.len())
-                .ok()
-                .zip(i64::try_from(region.len()).ok())
-                .ok_or(super::Error::TooLarge(expected))?;
-            if region.start_addr().0 >= HOTPLUG_START && !has_data(&self.file, offset, offset.saturating_add(next)) {
-                offset += next;
-                continue;
-            }
-            // SAFETY: exactly a reserved region is replaced, which stays mapped at its address for as long as it lives; its
-            // contents change as guest memory always may.
-            let mapped = unsafe {
-                libc::mmap(
-                    region.as_ptr().cast(),
-                    length,
-                    libc::PROT_READ | libc::PROT_WRITE,
-                    libc::MAP_PRIVATE | libc::MAP_NORESERVE | libc::MAP_FIXED,
-                    self.file.as_raw_fd(),
-                    offset,
-                )
-            };
-            if mapped == libc::MAP_FAILED {
-                return Err(failed(io::Error::last_os_error()).into());
-            }
-            offset += next;
-        }
-        Ok(())
+        // Runs that touch are one.
+        least = run_end + 1;
+        pages.push(start..run_end);
     }
+    Some(pages)
+}
+
+/// Writes the end of a file for `size` bytes of guest memory: from then on it is one.
+///
+/// # Errors
+/// The host cannot write it.
+pub fn write_trailer(file: &File, size: u64, trailer: &Trailer) -> Result<(), Error> {
+    file.write_all_at(&trailer.encode(size), size).map_err(Error::Write)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::memory::{Range, reserve};
-    use std::os::unix::fs::MetadataExt;
-    use vm_memory::{Bytes, GuestAddress};
 
-    const RANGES: [Range; 2] = [
-        Range {
-            start: 0,
-            size: 2 << 20,
-        },
-        Range {
-            start: 1 << 32,
-            size: 4 << 20,
-        },
-    ];
+    const SIZE: u64 = 4 << 20;
 
-    fn saved(id: [u8; 16]) -> File {
-        let memory = reserve(&RANGES).unwrap();
-        memory.write_obj(1u8, GuestAddress(0x5fff)).unwrap();
-        memory.write_obj(2u8, GuestAddress(0x6000)).unwrap();
-        memory.write_obj(3u8, GuestAddress((1 << 32) + 0x1000)).unwrap();
+    fn difference() -> Trailer {
+        let mut pages = Pages::run(3..9);
+        pages.push(100..1024);
+        Trailer {
+            id: [1; 16],
+            difference: Some(Difference { base: [2; 16], pages }),
+        }
+    }
+
+    fn file(bytes: &[u8]) -> File {
         let file = tempfile::tempfile().unwrap();
-        // Longer than what comes: nothing of it may stay.
-        file.write_all_at(&[0xff; 100], 7 << 20).unwrap();
-        file.write_all_at(&[0xff; 100], 0x20000).unwrap();
-        // SAFETY: nobody else has this memory.
-        unsafe { save(&memory, &[], &file, id) }.unwrap();
+        file.write_all_at(bytes, SIZE).unwrap();
         file
     }
 
     #[test]
-    fn only_plugged_memory_is_saved_and_a_region_with_none_is_not_mapped() {
-        let boot = Range {
-            start: 0,
-            size: 2 << 20,
-        };
-        let hotplug = Range {
-            start: HOTPLUG_START,
-            size: 8 << 20,
-        };
-        let plugged = Range {
-            start: HOTPLUG_START + (2 << 20),
-            size: 2 << 20,
-        };
-        let places = [0, 3, 4].map(|mebibytes| GuestAddress(HOTPLUG_START + (mebibytes << 20)));
-        for (plugged, expected) in [(vec![plugged], [0, 7, 0]), (vec![], [0, 0, 0])] {
-            let memory = reserve(&[boot, hotplug]).unwrap();
-            for place in places {
-                memory.write_obj(7u8, place).unwrap();
-            }
-            let file = tempfile::tempfile().unwrap();
-            // SAFETY: nobody else has this memory.
-            unsafe { save(&memory, &plugged, &file, [1; 16]) }.unwrap();
-            assert_eq!(has_data(&file, 2 << 20, 10 << 20), !plugged.is_empty());
-            let memory = reserve(&[boot, hotplug]).unwrap();
-            let source = PrivateFile::open(file, [1; 16], size(&memory)).unwrap();
-            source.fill(&memory).unwrap();
-            assert_eq!(places.map(|place| memory.read_obj::<u8>(place).unwrap()), expected);
+    fn what_is_written_is_read_again() {
+        for trailer in [Trailer::full([1; 16]), difference()] {
+            let file = file(&[]);
+            write_trailer(&file, SIZE, &trailer).unwrap();
+            assert_eq!(Trailer::read(&file, SIZE).unwrap(), trailer);
         }
     }
 
     #[test]
-    fn what_was_written_is_mapped_and_what_was_zero_is_a_hole() {
-        let file = saved([1; 16]);
-        assert_eq!(file.metadata().unwrap().len(), (6 << 20) + 4096);
-        assert_eq!(file.metadata().unwrap().blocks(), 4 * 8, "three pages and the last one");
-        let copy = file.try_clone().unwrap();
-        let memory = reserve(&RANGES).unwrap();
-        let source = PrivateFile::open(file, [1; 16], size(&memory)).unwrap();
-        source.fill(&memory).unwrap();
-        let read = |address| memory.read_obj::<u8>(GuestAddress(address)).unwrap();
-        assert_eq!([read(0x5fff), read(0x6000), read((1 << 32) + 0x1000)], [1, 2, 3]);
-        assert_eq!([read(0x20000), read((2 << 20) - 1)], [0, 0]);
+    fn every_altered_byte_and_every_other_length_is_refused() {
+        for trailer in [Trailer::full([1; 16]), difference()] {
+            let good = trailer.encode(SIZE);
+            for at in (0..200).chain(4000..good.len()) {
+                let mut bad = good.clone();
+                bad[at.min(good.len() - 1)] ^= 0x10;
+                assert!(Trailer::read(&file(&bad), SIZE).is_err(), "byte {at}");
+            }
+            for length in (0..good.len()).step_by(7) {
+                assert!(Trailer::read(&file(&good[..length]), SIZE).is_err(), "{length} bytes");
+            }
+            assert!(Trailer::read(&file(&[&good[..], &[0]].concat()), SIZE).is_err());
+            assert!(matches!(
+                Trailer::read(&file(&good), SIZE + PAGE).unwrap_err(),
+                Error::Length { .. }
+            ));
+        }
+    }
 
-        memory.write_obj(9u8, GuestAddress(0x6000)).unwrap();
-        let mut byte = [0];
-        copy.read_exact_at(&mut byte, 0x6000).unwrap();
-        assert_eq!(byte, [2], "a clone's writes are its own");
+    /// Somebody who makes digests can write any table.
+    #[test]
+    fn a_table_of_runs_that_cannot_be_is_refused() {
+        let table = |runs: &[(u64, u64)]| -> Vec<u8> {
+            let numbers = runs.iter().flat_map(|(start, count)| [*start, *count]);
+            numbers.flat_map(u64::to_le_bytes).collect()
+        };
+        assert!(pages(&table(&[(0, 1), (2, 8)]), 10).is_some());
+        let cases: [&[(u64, u64)]; 6] = [
+            &[(0, 0)],
+            &[(9, 2)],
+            &[(4, 2), (3, 1)],
+            &[(4, 2), (6, 1)],
+            &[(u64::MAX, 2)],
+            &[(1, u64::MAX)],
+        ];
+        for runs in cases {
+            assert_eq!(pages(&table(runs), 10), None, "{runs:?}");
+        }
     }
 
     #[test]
-    fn runs_end_at_zero_pages_and_at_their_longest() {
-        let mut bytes = vec![0; MAX_RUN + 4 * PAGE];
-        assert_eq!(runs(&bytes).count(), 0);
-        bytes[PAGE - 1] = 1;
-        bytes[2 * PAGE] = 1;
-        bytes[4 * PAGE - 1] = 1;
-        assert_eq!(runs(&bytes).collect::<Vec<_>>(), [(0, PAGE), (2 * PAGE, 4 * PAGE)]);
-        bytes.fill(1);
-        assert_eq!(
-            runs(&bytes).collect::<Vec<_>>(),
-            [(0, MAX_RUN), (MAX_RUN, MAX_RUN + 4 * PAGE)]
-        );
-    }
-
-    #[test]
-    fn another_snapshots_file_a_short_one_and_a_damaged_one_are_told_apart() {
-        let open = |file: &File, id, size| PrivateFile::open(file.try_clone().unwrap(), id, size).unwrap_err();
-        let file = saved([1; 16]);
-        assert!(matches!(open(&file, [2; 16], 6 << 20), Error::Foreign));
-        assert!(matches!(open(&file, [1; 16], 8 << 20), Error::Length { .. }));
-        file.write_all_at(&[0], (6 << 20) + 3).unwrap();
-        assert!(matches!(open(&file, [1; 16], 6 << 20), Error::Trailer));
-        file.set_len(6 << 20).unwrap();
-        assert!(matches!(open(&file, [1; 16], 6 << 20), Error::Length { .. }));
-        let folder = File::open("/").unwrap();
-        assert!(matches!(open(&folder, [1; 16], 6 << 20), Error::Kind));
+    fn a_folder_is_no_memory_file() {
+        assert!(matches!(
+            Trailer::read(&File::open("/").unwrap(), SIZE),
+            Err(Error::Kind)
+        ));
     }
 }

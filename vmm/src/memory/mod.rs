@@ -19,15 +19,31 @@
 //!                +--------------------------+
 //! ```
 
+pub mod dirty;
 pub mod file;
+pub mod mapped;
+pub mod pagemap;
+pub mod pages;
+pub mod writer;
 
+use std::fs::File;
+use std::io;
 use std::sync::Arc;
 
 use thiserror::Error;
-use vm_memory::{GuestAddress, GuestMemoryMmap};
+use vm_memory::bitmap::Bitmap;
+use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryError, GuestMemoryRegion, GuestRegionMmap, MmapRegion};
 
+use self::dirty::Dirty;
+use self::file::Id;
+use self::pages::{PAGE, Pages};
+
+/// Guest memory, whose writes by this process can be logged.
+pub type GuestMemoryMmap = vm_memory::GuestMemoryMmap<Dirty>;
 /// Guest memory as every part of the VMM holds it. Regions never change once a machine is made.
-pub type GuestMemory = Arc<GuestMemoryMmap<()>>;
+pub type GuestMemory = Arc<GuestMemoryMmap>;
+/// One range of it.
+pub type Region = GuestRegionMmap<Dirty>;
 
 /// First address behind low memory.
 pub const LOW_MEMORY_END: u64 = 0xc000_0000;
@@ -111,6 +127,21 @@ pub trait MemorySource {
     /// The source does not fit the ranges, or the host refuses the mapping.
     fn fill(&self, reserved: &GuestMemory) -> Result<(), Error>;
 
+    /// The snapshots whose memory this is, the newest first, then what each is based on. None: it is no snapshot's.
+    fn snapshots(&self) -> &[Id];
+
+    /// The pages in which the newest snapshot may differ from an older one; None, if it is not based on that.
+    fn since(&self, base: &Id) -> Option<Pages>;
+
+    /// The pages that may be something else than zeros.
+    fn content(&self) -> Pages;
+
+    /// Whether that file is in use as memory.
+    ///
+    /// # Errors
+    /// It cannot be looked at.
+    fn uses(&self, file: &File) -> io::Result<bool>;
+
     /// Maps memory for `ranges`.
     ///
     /// # Errors
@@ -141,6 +172,39 @@ pub fn reserve(ranges: &[Range]) -> Result<GuestMemory, Error> {
     Ok(Arc::new(memory))
 }
 
+/// Bytes of guest memory, which is as long as the part of a memory file before its last page.
+#[must_use]
+pub fn size(memory: &GuestMemory) -> u64 {
+    memory.iter().map(GuestMemoryRegion::len).sum()
+}
+
+/// The ranges of guest memory with the number that the first page of each has in a memory file.
+pub fn numbered(memory: &GuestMemory) -> impl Iterator<Item = (u64, &Region)> {
+    memory.iter().scan(0, |next, region| {
+        let first = *next;
+        *next += region.len() / PAGE;
+        Some((first, region))
+    })
+}
+
+/// The log of what this process writes into a range.
+#[must_use]
+pub fn dirty(region: &Region) -> &Dirty {
+    MmapRegion::bitmap(region)
+}
+
+/// Tells the log of a write that did not go through `vm-memory`: the kernel's, for a device.
+///
+/// # Errors
+/// That is no guest memory.
+pub fn mark_written(memory: &GuestMemoryMmap, start: GuestAddress, length: usize) -> Result<(), GuestMemoryError> {
+    for slice in memory.get_slices(start, length) {
+        let slice = slice?;
+        slice.bitmap().mark_dirty(0, slice.len());
+    }
+    Ok(())
+}
+
 /// Private anonymous memory: zero until touched, gone with the process.
 #[derive(Debug)]
 pub struct Anonymous;
@@ -149,12 +213,28 @@ impl MemorySource for Anonymous {
     fn fill(&self, _reserved: &GuestMemory) -> Result<(), Error> {
         Ok(())
     }
+
+    fn snapshots(&self) -> &[Id] {
+        &[]
+    }
+
+    fn since(&self, _base: &Id) -> Option<Pages> {
+        None
+    }
+
+    fn content(&self) -> Pages {
+        Pages::default()
+    }
+
+    fn uses(&self, _file: &File) -> io::Result<bool> {
+        Ok(false)
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use vm_memory::{Bytes, GuestMemoryBackend as _};
+    use vm_memory::Bytes;
 
     #[test]
     fn memory_goes_on_above_the_gap() {

@@ -19,7 +19,7 @@ use thiserror::Error;
 use super::VERSION;
 
 const MAGIC: [u8; 8] = *b"FLINTVM\0";
-/// The oldest format that can be read: this one and the one before it.
+/// The oldest format that can be read: the newest one and the one before it.
 const OLDEST: u32 = 1;
 const HEADER: usize = 32;
 const ENTRY: usize = 48;
@@ -157,10 +157,10 @@ impl<'a> Container<'a> {
 
 /// A file of these sections, in the order of [`Section::ALL`].
 #[must_use]
-pub fn build(id: [u8; 16], sections: &[Vec<u8>; Section::ALL.len()]) -> Vec<u8> {
+pub fn build(version: u32, id: [u8; 16], sections: &[Vec<u8>; Section::ALL.len()]) -> Vec<u8> {
     let mut file = Vec::new();
     file.extend(MAGIC);
-    file.extend(VERSION.to_le_bytes());
+    file.extend(version.to_le_bytes());
     // A handful.
     #[allow(clippy::cast_possible_truncation)]
     file.extend((Section::ALL.len() as u32).to_le_bytes());
@@ -194,7 +194,7 @@ mod tests {
 
     #[test]
     fn what_is_built_is_read_again() {
-        let file = build([9; 16], &sections());
+        let file = build(VERSION, [9; 16], &sections());
         let container = Container::parse(&file).unwrap();
         assert_eq!(container.id, [9; 16]);
         for (section, bytes) in Section::ALL.into_iter().zip(sections()) {
@@ -204,7 +204,7 @@ mod tests {
 
     #[test]
     fn every_altered_byte_and_every_shorter_file_is_refused() {
-        let file = build([9; 16], &sections());
+        let file = build(VERSION, [9; 16], &sections());
         for at in 0..file.len() {
             let mut bad = file.clone();
             bad[at] ^= 0x40;
@@ -216,7 +216,7 @@ mod tests {
 
     #[test]
     fn damage_is_named_and_another_format_is_told_from_it() {
-        let mut file = build([9; 16], &sections());
+        let mut file = build(VERSION, [9; 16], &sections());
         let last = file.len() - 1;
         file[last] ^= 1;
         assert_eq!(Container::parse(&file), Err(Error::Damaged(Section::Time)));
@@ -227,7 +227,7 @@ mod tests {
 
     #[test]
     fn a_length_beyond_the_file_allocates_nothing_and_is_refused() {
-        let mut file = build([9; 16], &sections());
+        let mut file = build(VERSION, [9; 16], &sections());
         file[HEADER + 8..HEADER + 16].fill(0xff);
         let end = HEADER + 6 * ENTRY;
         let digest = blake3::hash(&file[..end]);

@@ -4,7 +4,7 @@
 //! - [`passport`]: what a snapshot needs of a host, and the check of it;
 //! - this module: what the sections hold. The parts themselves are told where they live: `vcpu::state`, `machine::chipset`,
 //!   `machine::devices`, `ports::serial`, and each virtio device's `State`;
-//! - `memory::file`: the memory file.
+//! - `memory::file`: the memory file; `machine::saving`: both files while the guest runs.
 //!
 //! Sections are protobuf messages written as Rust structures: tagged fields, so that a field that is added does not end older
 //! snapshots, and an encoding that is the same for the same state. KVM's own structures are in them as bytes. What changes the
@@ -26,12 +26,17 @@ use self::passport::Passport;
 use crate::machine::chipset::{ChipsetRecord, ChipsetState};
 use crate::machine::devices::DeviceRecord;
 use crate::memory::Range;
+use crate::memory::file::Id;
+use crate::memory::mapped::MAX_BASES;
 use crate::platform::generation::GenerationState;
 use crate::ports::serial::{self, SerialRecord};
 use crate::vcpu::state::{VcpuRecord, VcpuState, VcpuTime};
 
-/// The format that is written.
-pub const VERSION: u32 = 1;
+/// The newest format. Each snapshot is written in the oldest one that can tell it, so that older programs can load it.
+///
+/// - 1: all of guest memory is in the memory file;
+/// - 2: it may be in several, see [`MachineRecord::bases`].
+pub const VERSION: u32 = 2;
 
 /// A state file that cannot be written or used.
 #[derive(Debug, Error)]
@@ -70,7 +75,7 @@ fn bad(section: Section, what: impl Into<String>) -> Error {
 #[derive(Clone, Debug, PartialEq)]
 pub struct Snapshot {
     /// Ties the state file to its memory file.
-    pub id: [u8; 16],
+    pub id: Id,
     /// What it needs of a host.
     pub passport: Passport,
     /// What it consists of.
@@ -98,6 +103,24 @@ pub struct MachineRecord {
     /// Where its memory lies; in the memory file the ranges follow each other.
     #[prost(message, repeated, tag = "2")]
     pub ranges: Vec<RangeRecord>,
+    /// Ids of the snapshots whose memory files are needed beside its own, the nearest first. Empty: all is in its own. Older
+    /// programs would overlook them, so a snapshot that has any is of format 2.
+    #[prost(bytes = "vec", repeated, tag = "3")]
+    pub bases: Vec<Vec<u8>>,
+}
+
+impl MachineRecord {
+    /// Ids of this snapshot's memory files: its own, then its bases'.
+    ///
+    /// # Errors
+    /// They are none, or too many.
+    pub fn files(&self, id: Id) -> Result<Vec<Id>, Error> {
+        let bases = self.bases.iter().map(|base| Id::try_from(&base[..]));
+        let ids = std::iter::once(Ok(id)).chain(bases).collect::<Result<Vec<_>, _>>();
+        ids.ok()
+            .filter(|ids| ids.len() <= 1 + MAX_BASES)
+            .ok_or_else(|| bad(Section::Machine, "list of bases"))
+    }
 }
 
 /// A range of guest memory.
@@ -173,7 +196,8 @@ impl Snapshot {
             devices.encode_to_vec(),
             time.encode_to_vec(),
         ];
-        container::build(self.id, &sections)
+        let version = if self.machine.bases.is_empty() { 1 } else { 2 };
+        container::build(version, self.id, &sections)
     }
 
     /// Reads a state file's bytes.

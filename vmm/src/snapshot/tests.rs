@@ -3,6 +3,9 @@ use super::*;
 /// A machine of two vCPUs with each kind of device, of which the first disk has a driver; saved by the first format.
 const V1: &[u8] = include_bytes!("../../tests/golden/v1.state");
 
+/// The same, cloned and saved again as the difference to that, by the second format.
+const V2: &[u8] = include_bytes!("../../tests/golden/v2.state");
+
 #[test]
 fn the_first_format_is_read_and_written_as_it_was() {
     let snapshot = Snapshot::decode(V1).unwrap();
@@ -22,12 +25,33 @@ fn the_first_format_is_read_and_written_as_it_was() {
 }
 
 #[test]
+fn the_second_format_names_its_bases() {
+    let snapshot = Snapshot::decode(V2).unwrap();
+    let ids = snapshot.machine.files(snapshot.id).unwrap();
+    assert_eq!((ids.len(), ids[0]), (2, snapshot.id));
+    assert_eq!(ids[1].to_vec(), snapshot.machine.bases[0]);
+    assert_eq!((V1[8], V2[8]), (1, 2));
+    assert_eq!(snapshot.encode(), V2);
+}
+
+#[test]
+fn bases_that_cannot_be_are_refused() {
+    let mut snapshot = Snapshot::decode(V2).unwrap();
+    for bases in [vec![vec![1; 15]], vec![vec![1; 16]; MAX_BASES + 1]] {
+        snapshot.machine.bases = bases;
+        assert!(snapshot.machine.files(snapshot.id).is_err());
+    }
+}
+
+#[test]
 fn no_altered_byte_and_no_cut_is_taken() {
-    for at in 0..V1.len() {
-        let mut bad = V1.to_vec();
-        bad[at] ^= 0x10;
-        assert!(Snapshot::decode(&bad).is_err(), "byte {at}");
-        assert!(Snapshot::decode(&V1[..at]).is_err(), "{at} bytes");
+    for good in [V1, V2] {
+        for at in 0..good.len() {
+            let mut bad = good.to_vec();
+            bad[at] ^= 0x10;
+            assert!(Snapshot::decode(&bad).is_err(), "byte {at}");
+            assert!(Snapshot::decode(&good[..at]).is_err(), "{at} bytes");
+        }
     }
 }
 
@@ -43,7 +67,7 @@ fn an_altered_section_with_the_right_checksum_ends_nothing() {
             for value in [0xff, section[at] ^ 0x80, section[at].wrapping_add(1)] {
                 let mut bad = sections.clone();
                 bad[index][at] = value;
-                refused += usize::from(Snapshot::decode(&container::build(container.id, &bad)).is_err());
+                refused += usize::from(Snapshot::decode(&container::build(1, container.id, &bad)).is_err());
             }
         }
     }
@@ -55,7 +79,7 @@ fn a_section_that_contradicts_itself_is_named() {
     let container = Container::parse(V1).unwrap();
     let mut sections = Section::ALL.map(|section| container.section(section).to_vec());
     sections[2] = vec![0xff; 16];
-    let error = Snapshot::decode(&container::build([0; 16], &sections)).unwrap_err();
+    let error = Snapshot::decode(&container::build(1, [0; 16], &sections)).unwrap_err();
     assert!(error.to_string().contains("vCPU section"), "{error}");
 }
 

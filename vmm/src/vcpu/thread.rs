@@ -28,7 +28,7 @@ use super::{Error, registers, state};
 use crate::boot::Entry;
 use crate::bus::Bus;
 use crate::control::commands;
-use crate::exit::{Exit, ExitLatch};
+use crate::exit::{Exit, ExitLatch, LOST};
 
 /// Enough for the deepest call below a device's registers; guest code does not run on it.
 const STACK_BYTES: usize = 256 << 10;
@@ -368,6 +368,9 @@ impl Runner {
                 ExitReason::KvmError,
                 format!("vCPU {}: unexpected exit {other:?}", self.id),
             ),
+            Err(error) if error.errno() == libc::EFAULT => {
+                Exit::new(ExitReason::MemoryLost, format!("vCPU {}: KVM_RUN: {LOST}", self.id))
+            }
             Err(error) => Exit::new(ExitReason::KvmError, format!("vCPU {}: KVM_RUN: {error}", self.id)),
         };
         self.context.exit.set(exit);

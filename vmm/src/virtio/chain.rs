@@ -6,7 +6,9 @@
 use std::ops::Deref;
 
 use virtio_queue::DescriptorChain;
-use vm_memory::{Bytes, GuestAddress, GuestMemory, GuestMemoryBackend, GuestMemoryError, GuestMemoryMmap, Permissions};
+use vm_memory::{Bytes, GuestAddress, GuestMemory, GuestMemoryBackend, GuestMemoryError, Permissions};
+
+use crate::memory::{GuestMemoryMmap, mark_written};
 
 /// Why a chain was refused.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -216,9 +218,18 @@ impl GuestBuffer {
         Ok(())
     }
 
+    /// Tells of all pieces that the kernel may have written to them.
+    pub(crate) fn mark_written(&self, memory: &GuestMemoryMmap) -> Result<(), GuestMemoryError> {
+        let mut segments = self.segments.iter();
+        segments.try_for_each(|segment| {
+            mark_written(memory, segment.addr, usize::try_from(segment.len).unwrap_or(usize::MAX))
+        })
+    }
+
     /// The pieces as this process's addresses, for the kernel to read or write.
     ///
-    /// Whoever hands them to the kernel keeps a clone of `memory` until the kernel is done.
+    /// Whoever hands them to the kernel keeps a clone of `memory` until the kernel is done, and then, if it wrote, calls
+    /// [`Self::mark_written`].
     pub(crate) fn iovecs(&self, memory: &GuestMemoryMmap) -> Result<Vec<GuestIovec>, GuestMemoryError> {
         let mut iovecs = Vec::with_capacity(self.segments.len());
         for segment in &self.segments {

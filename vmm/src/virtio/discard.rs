@@ -2,6 +2,7 @@
 
 use std::io;
 
+use vm_memory::bitmap::Bitmap;
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
 use super::device::DeviceError;
@@ -45,6 +46,8 @@ pub(crate) fn discard(memory: &GuestMemory, start: GuestAddress, len: u64) -> Re
         if unsafe { libc::madvise(address.cast(), length, advice) } != 0 {
             return Err(DeviceError::host("give guest memory back")(io::Error::last_os_error()));
         }
+        // What a save has copied of it is not what is there now.
+        region.bitmap().mark_dirty(offset, length);
         at += here;
     }
     Ok(())
@@ -54,9 +57,10 @@ pub(crate) fn discard(memory: &GuestMemory, start: GuestAddress, len: u64) -> Re
 mod tests {
     use std::sync::Arc;
 
-    use vm_memory::{Bytes, GuestMemoryMmap};
+    use vm_memory::Bytes;
 
     use super::*;
+    use crate::memory::GuestMemoryMmap;
 
     fn two_regions() -> GuestMemory {
         Arc::new(GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 0x4000), (GuestAddress(0x4000), 0x4000)]).unwrap())

@@ -3,9 +3,8 @@
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use vm_memory::GuestMemoryMmap;
-
 use super::*;
+use crate::memory::GuestMemoryMmap;
 use crate::virtio::DeviceError;
 use crate::virtio::testing::memory;
 

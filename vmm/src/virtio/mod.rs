@@ -23,7 +23,7 @@ pub mod block;
 pub mod chain;
 pub mod core;
 pub mod device;
-mod discard;
+pub(crate) mod discard;
 pub mod mem;
 pub mod mmio;
 pub mod net;

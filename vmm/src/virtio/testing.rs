@@ -3,10 +3,10 @@
 use std::sync::Arc;
 
 use virtio_queue::QueueState;
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress};
 
 use super::device::Activation;
-use crate::memory::GuestMemory;
+use crate::memory::{GuestMemory, GuestMemoryMmap};
 
 /// VIRTQ_DESC_F_NEXT and VIRTQ_DESC_F_WRITE (virtio 1.3, 2.7.5).
 pub const NEXT: u16 = 1;

@@ -1,6 +1,7 @@
 //! What the tests of whole VMM processes share: a process with its control connection, and tiny guests.
 #![allow(dead_code, missing_docs)]
 
+pub mod alphabet;
 pub mod driver;
 pub mod guest;
 pub mod linux;
@@ -103,6 +104,16 @@ impl Vmm {
         self.call(command, fds).unwrap();
     }
 
+    /// SaveSnapshot, into a state and a memory file.
+    pub fn save(&mut self, base: Vec<u8>, files: &[BorrowedFd<'_>]) -> Result<Saved, Error> {
+        let request = Command::SaveSnapshot(SaveSnapshot { base });
+        match self.connection.ask(request, files) {
+            response::Result::Ok(ok) => Ok(ok.saved.expect("what was saved")),
+            response::Result::Error(error) => Err(error),
+            response::Result::State(state) => panic!("{state:?} is no answer to SaveSnapshot"),
+        }
+    }
+
     pub fn refused(&mut self, command: Command, fds: &[BorrowedFd<'_>]) -> (error::Code, String) {
         let error = self.call(command, fds).unwrap_err();
         (error.code(), error.message)
@@ -129,6 +140,11 @@ impl Vmm {
 
     pub fn kill(&mut self) -> WaitStatus {
         kill(self.pid, Signal::SIGKILL).unwrap();
+        self.wait()
+    }
+
+    /// Waits for its end, however it comes.
+    pub fn wait(&mut self) -> WaitStatus {
         self.reaped = true;
         waitpid(self.pid, None).unwrap()
     }
@@ -197,23 +213,27 @@ impl Connection {
     }
 
     pub fn call(&mut self, command: Command, fds: &[BorrowedFd<'_>]) -> Result<Option<State>, Error> {
-        let id = self.next;
-        self.next += 1;
-        self.send(
-            &Request {
-                id,
-                command: Some(command),
-            }
-            .encode_to_vec(),
-            fds,
-        );
-        let response = self.response();
-        assert_eq!(response.id, id);
-        match response.result.unwrap() {
+        match self.ask(command, fds) {
             response::Result::Ok(_) => Ok(None),
             response::Result::State(state) => Ok(Some(state)),
             response::Result::Error(error) => Err(error),
         }
+    }
+
+    pub fn ask(&mut self, command: Command, fds: &[BorrowedFd<'_>]) -> response::Result {
+        let id = self.begin(command, fds);
+        let response = self.response();
+        assert_eq!(response.id, id);
+        response.result.unwrap()
+    }
+
+    /// Sends a request and waits for nothing.
+    pub fn begin(&mut self, command: Command, fds: &[BorrowedFd<'_>]) -> u64 {
+        let id = self.next;
+        self.next += 1;
+        let command = Some(command);
+        self.send(&Request { id, command }.encode_to_vec(), fds);
+        id
     }
 
     pub fn send(&self, bytes: &[u8], fds: &[BorrowedFd<'_>]) {

@@ -6,7 +6,9 @@ use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 
 use flint_api::vmm::request::Command;
-use flint_api::vmm::*;
+use flint_api::vmm::{Saved as SavedAnswer, *};
+use flint_vmm::snapshot::Snapshot;
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use tempfile::TempDir;
 
 use super::Vmm;
@@ -39,17 +41,41 @@ impl Saved {
     }
 
     pub fn save(&self, vmm: &mut Vmm) -> Result<(), Error> {
+        self.save_against(None, vmm).map(drop)
+    }
+
+    /// Saves what differs from `base`, or all.
+    pub fn save_against(&self, base: Option<&Self>, vmm: &mut Vmm) -> Result<SavedAnswer, Error> {
         let write = |path| File::options().write(true).open(path).unwrap();
         let (state, memory) = (write(&self.state), write(&self.memory));
-        let saved = vmm.call(Command::SaveSnapshot(SaveSnapshot {}), &[state.as_fd(), memory.as_fd()]);
-        saved.map(drop)
+        let base = base.map(Self::id).unwrap_or_default();
+        vmm.save(base, &[state.as_fd(), memory.as_fd()])
+    }
+
+    /// The id in the state file.
+    pub fn id(&self) -> Vec<u8> {
+        Snapshot::decode(&self.state()).unwrap().id.to_vec()
     }
 
     /// Loads it, open for reading only.
     pub fn load(&self, vmm: &mut Vmm) -> Result<(), Error> {
-        let (state, memory) = (File::open(&self.state).unwrap(), File::open(&self.memory).unwrap());
-        let loaded = vmm.call(Command::LoadSnapshot(LoadSnapshot {}), &[state.as_fd(), memory.as_fd()]);
+        self.load_over(&[], vmm)
+    }
+
+    /// Loads it with its bases.
+    pub fn load_over(&self, bases: &[&Self], vmm: &mut Vmm) -> Result<(), Error> {
+        let mut files = vec![File::open(&self.state).unwrap(), File::open(&self.memory).unwrap()];
+        files.extend(bases.iter().map(|base| File::open(&base.memory).unwrap()));
+        let fds: Vec<_> = files.iter().map(AsFd::as_fd).collect();
+        let loaded = vmm.call(Command::LoadSnapshot(LoadSnapshot {}), &fds);
         loaded.map(drop)
+    }
+
+    /// A parked clone of it with its bases.
+    pub fn parked_over(&self, bases: &[&Self], machine: CreateMachine) -> Vmm {
+        let mut vmm = reserved(machine);
+        self.load_over(bases, &mut vmm).unwrap();
+        vmm
     }
 
     /// A parked clone.
@@ -110,4 +136,19 @@ pub fn claim_disk(slot: u32) -> ClaimDisk {
         }),
         fds: 1,
     }
+}
+
+/// A file on a file system of 1 MiB.
+pub fn small_file() -> File {
+    let folder = tempfile::tempdir().unwrap();
+    let nothing: Option<&str> = None;
+    mount(nothing, folder.path(), Some("tmpfs"), MsFlags::empty(), Some("size=1m")).unwrap();
+    let file = File::options()
+        .read(true)
+        .write(true)
+        .create_new(true)
+        .open(folder.path().join("file"));
+    // The file system is gone with the file.
+    umount2(folder.path(), MntFlags::MNT_DETACH).unwrap();
+    file.unwrap()
 }

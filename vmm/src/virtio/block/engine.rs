@@ -15,7 +15,7 @@ use vm_memory::GuestMemoryError;
 
 use super::request::{Finished, Operation, Pending, Status};
 use crate::memory::GuestMemory;
-use crate::virtio::chain::GuestIovec;
+use crate::virtio::chain::{GuestBuffer, GuestIovec};
 use crate::virtio::device::DeviceError;
 
 /// Requests in flight at once. What does not fit waits in the guest's own ring.
@@ -28,6 +28,8 @@ const FILE: Fixed = Fixed(0);
 struct InFlight {
     pending: Pending,
     transfer: Transfer,
+    /// Where the kernel writes to.
+    written: Option<GuestBuffer>,
     memory: GuestMemory,
 }
 
@@ -115,9 +117,14 @@ impl Engine {
         let Some(slot) = self.free.pop() else {
             return Ok(Submitted::Full);
         };
+        let written = match operation {
+            Operation::Read { buffer, .. } => Some(buffer.clone()),
+            _ => None,
+        };
         self.slots[usize::from(slot)] = Some(InFlight {
             pending,
             transfer,
+            written,
             memory: memory.clone(),
         });
         self.push(slot);
@@ -156,6 +163,9 @@ impl Engine {
                 }
                 Some(status) => {
                     self.free.push(slot);
+                    if let Some(buffer) = &in_flight.written {
+                        buffer.mark_written(&in_flight.memory)?;
+                    }
                     each(in_flight.pending.finish(&in_flight.memory, status)?)?;
                 }
             }

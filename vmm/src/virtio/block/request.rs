@@ -8,8 +8,9 @@
 //! The header is read once. Whatever the guest does to it later changes nothing (virtio 1.3, 5.2.6).
 
 use virtio_bindings::virtio_blk as blk;
-use vm_memory::{Bytes, GuestAddress, GuestMemoryError, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 
+use crate::memory::GuestMemoryMmap;
 use crate::virtio::chain::{Chain, GuestBuffer};
 
 /// Unit of all positions in requests (virtio 1.3, 5.2.4).

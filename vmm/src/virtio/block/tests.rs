@@ -4,9 +4,11 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
-use vm_memory::{Bytes, GuestAddress};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 
 use super::*;
+use crate::memory::dirty;
+use crate::memory::pages::Pages;
 use crate::virtio::rate_limit::RateLimit;
 use crate::virtio::testing::{NEXT, Numbers, TestQueue, WRITE, activation, memory};
 
@@ -106,6 +108,18 @@ fn a_read_fills_several_descriptors_in_order() {
     let mut data = [0; 924];
     rig.memory.read_slice(&mut data, GuestAddress(DATA + 0x1000)).unwrap();
     assert_eq!((data[0], data[411], data[412], data[923]), (3, 3, 4, 4));
+}
+
+#[test]
+fn what_the_kernel_writes_for_a_read_is_logged() {
+    let mut rig = rig();
+    let regions = rig.memory.clone();
+    let region = regions.iter().next().unwrap();
+    dirty(region).begin();
+    assert_eq!(rig.request(blk::VIRTIO_BLK_T_IN, 3, &[(DATA, 0x1200, WRITE)]).0, 0);
+    let mut pages = Pages::default();
+    dirty(region).take(0, &mut pages);
+    assert_eq!(pages.and(&Pages::run(0x20..0x28)), Pages::run(0x20..0x22));
 }
 
 #[test]

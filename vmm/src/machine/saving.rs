@@ -1,0 +1,178 @@
+//! Saving a machine while its guest goes on: memory is copied in rounds, and the guest is stopped for the last one.
+//!
+//! ```text
+//!  log on | round 0: all pages | round 1: written meanwhile | ... | stop: written meanwhile, vCPUs, devices | log off
+//!  guest    runs                 runs                               stands still                              runs
+//! ```
+//!
+//! Written to by the guest: KVM's dirty log. By a device: `memory::dirty`. What belongs into the file is told by the page tables
+//! and not by the logs, as in a machine that stands still; the logs only tell what was copied too early. So a page that was
+//! given back to the host meanwhile goes out of the file again.
+//!
+//! To turn KVM's log on or off is to change a memory slot, for which KVM waits until no vCPU is in the middle of using it: some
+//! milliseconds for each, while the guest runs.
+
+use std::time::Instant;
+
+use kvm_bindings::KVM_MEM_LOG_DIRTY_PAGES;
+use vm_memory::GuestMemoryRegion;
+
+use super::snapshot::{Report, Save, SaveRequest};
+use super::{Error, Machine, kvm, parts};
+use crate::memory;
+use crate::memory::pages::{PAGE, Pages};
+use crate::memory::writer::Over;
+
+/// What a step copies: a few milliseconds.
+const STEP: u64 = 4 << 20;
+/// So little is copied while the guest stands still.
+const ENOUGH: u64 = 4 << 20;
+/// A guest that writes as fast as it is copied is stopped all the same.
+const MAX_ROUNDS: u32 = 6;
+
+/// What is to be done next.
+pub(super) enum Next {
+    /// Another step.
+    Copy,
+    /// The last one.
+    Stop,
+}
+
+/// A save in the course of which the guest runs.
+pub(super) struct Live {
+    save: Save,
+    /// What is left of this round.
+    round: Pages,
+    /// What was copied, in this round and those before.
+    copied: Pages,
+    /// Written to since it was copied.
+    stale: Pages,
+    report: Report,
+}
+
+impl Live {
+    pub(super) fn begin(machine: &Machine, request: SaveRequest) -> Result<Self, Error> {
+        let save = Save::begin(machine, request)?;
+        let begun = machine
+            .begin_log()
+            .and_then(|()| save.pages(machine, &machine.plugged_somewhere()));
+        match begun {
+            Ok(round) => Ok(Self {
+                report: Report {
+                    id: save.id,
+                    ..Report::default()
+                },
+                save,
+                round,
+                copied: Pages::default(),
+                stale: Pages::default(),
+            }),
+            Err(error) => {
+                save.abandon();
+                // The first failure is the one that is told.
+                let _ = machine.end_log();
+                Err(error)
+            }
+        }
+    }
+
+    pub(super) fn step(&mut self, machine: &Machine) -> Result<Next, Error> {
+        if self.round.is_empty() {
+            return self.next_round(machine);
+        }
+        let some = self.round.take_first(STEP / PAGE);
+        let over = if self.report.rounds == 0 {
+            Over::Holes
+        } else {
+            Over::Anything
+        };
+        self.report.written += self.copy(machine, &some, over)?;
+        self.copied = self.copied.or(&some);
+        Ok(Next::Copy)
+    }
+
+    fn next_round(&mut self, machine: &Machine) -> Result<Next, Error> {
+        self.report.rounds += 1;
+        let before = self.stale.bytes();
+        self.stale = machine.take_log()?;
+        let (now, first) = (self.stale.bytes(), self.report.rounds == 1);
+        // What shrinks by less than a half is not worth another round.
+        if now <= ENOUGH || self.report.rounds >= MAX_ROUNDS || !first && now > before / 2 {
+            return Ok(Next::Stop);
+        }
+        self.round = self.stale.clone();
+        Ok(Next::Copy)
+    }
+
+    /// Stops the guest, saves it and lets it go on. The outer error: it cannot go on.
+    pub(super) fn finish(mut self, machine: &Machine) -> Result<Result<Report, Error>, Error> {
+        let stopped = Instant::now();
+        let saved = match machine.pause() {
+            Ok(()) => self.save_stopped(machine),
+            Err(error) => Err(error),
+        };
+        if saved.is_err() {
+            self.save.abandon();
+        }
+        machine.resume()?;
+        self.report.paused = Some(stopped.elapsed());
+        // The files are whole whether this works or not; a log that stays on only costs.
+        let _ = machine.end_log();
+        Ok(saved.map(|()| self.report))
+    }
+
+    fn save_stopped(&mut self, machine: &Machine) -> Result<(), Error> {
+        let stale = self.stale.or(&machine.take_log()?);
+        let wanted = self.save.pages(machine, &machine.plugged()?)?;
+        let again = self.copied.and(&stale).and(&wanted);
+        let mut written = self.copy(machine, &again, Over::Anything)?;
+        written += self.copy(machine, &wanted.without(&self.copied), Over::Holes)?;
+        let given_back = self.copied.without(&wanted);
+        self.save.memory.remove(&given_back).map_err(memory::Error::File)?;
+        self.report.written += written;
+        self.report.written_paused = written;
+        self.save.finish(machine, wanted, None)
+    }
+
+    fn copy(&mut self, machine: &Machine, pages: &Pages, over: Over) -> Result<u64, Error> {
+        let copied = self.save.memory.copy(&machine.memory, pages, over);
+        Ok(copied.map_err(memory::Error::File)?)
+    }
+
+    /// Leaves no files and no log.
+    pub(super) fn abandon(self, machine: &Machine) {
+        self.save.abandon();
+        // The failure that led here is the one that is told.
+        let _ = machine.end_log();
+    }
+}
+
+impl Machine {
+    fn begin_log(&self) -> Result<(), Error> {
+        // Devices' first: it costs nothing, and what is in it too early only is copied again.
+        for (_, region) in memory::numbered(&self.memory) {
+            memory::dirty(region).begin();
+        }
+        parts::register_memory(&self.vm, &self.memory, KVM_MEM_LOG_DIRTY_PAGES)
+    }
+
+    fn end_log(&self) -> Result<(), Error> {
+        for (_, region) in memory::numbered(&self.memory) {
+            memory::dirty(region).end();
+        }
+        parts::register_memory(&self.vm, &self.memory, 0)
+    }
+
+    /// What was written since the log began or this was last called.
+    fn take_log(&self) -> Result<Pages, Error> {
+        let (mut guests, mut devices) = (Pages::default(), Pages::default());
+        for (slot, (first, region)) in (0..).zip(memory::numbered(&self.memory)) {
+            memory::dirty(region).take(first, &mut devices);
+            // A region is mapped, so its length is a usize.
+            let length = usize::try_from(region.len()).unwrap_or(usize::MAX);
+            let log = self.vm.get_dirty_log(slot, length);
+            guests.push_bits(first, log.map_err(kvm("reading which pages the guest has written"))?);
+        }
+        Ok(guests.or(&devices))
+    }
+}
