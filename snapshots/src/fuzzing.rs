@@ -5,6 +5,7 @@ use crate::chunk::ChunkSink;
 use crate::device;
 use crate::images::ingest;
 use crate::layer::{self, LayerIndex};
+use crate::machines;
 use crate::registry::{self, Challenge, Choice};
 
 /// Reads a layer as it is stored: gzip, zstd or plain.
@@ -48,4 +49,9 @@ pub fn seal_table(table: &mut [u8]) {
 /// As [`seal_table`], for an encoded layer index.
 pub fn seal_index(index: &mut [u8]) {
     layer::seal(index);
+}
+
+/// Reads a machine snapshot's record, as a registry has it; whether what was read comes back when it is written and read again.
+pub fn machine_record(bytes: &[u8]) -> bool {
+    machines::comes_back(bytes)
 }

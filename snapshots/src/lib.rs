@@ -1,4 +1,4 @@
-//! What a sandbox starts from: chunks, and images as block devices made of them.
+//! What a sandbox starts from: chunks, images as block devices made of them, and machine snapshots.
 //!
 //! ```text
 //!   tar layers --layer::ingest--> LayerIndex + chunks --image::assemble--> Image (EROFS metadata + where data lies)
@@ -25,6 +25,8 @@ pub mod images;
 mod import;
 #[cfg(feature = "store")]
 pub mod layer;
+#[cfg(feature = "store")]
+pub mod machines;
 #[cfg(feature = "store")]
 pub mod registry;
 #[cfg(feature = "store")]

@@ -17,6 +17,7 @@ use crate::chunk::ChunkId;
 use crate::device::{PackLocation, Table, packs_of};
 use crate::image::Image as DeviceImage;
 use crate::layer::LayerIndex;
+use crate::machines::shelf;
 use crate::registry::{Digest, ImageReference};
 use crate::store::{ChunkStore, Session, StoreError, sync_dir};
 
@@ -46,6 +47,7 @@ impl Catalog {
             txn.open_table(LAYERS)?;
             Ok(())
         })?;
+        shelf::open(&chunks)?;
         let catalog = Self {
             chunks,
             tables,
@@ -268,7 +270,7 @@ impl Catalog {
         }
     }
 
-    /// Gives back what no image needs; returns how many bytes. While work is under way, layers without an image stay: they
+    /// Gives back what neither an image nor a machine needs; returns how many bytes. While work is under way, layers without an image stay: they
     /// may be that work's.
     pub(crate) fn sweep(&self, under_way: bool) -> Result<u64, ImageError> {
         let _moving = self.places.write().unwrap_or_else(PoisonError::into_inner);
@@ -305,6 +307,7 @@ impl Catalog {
                 let (_, ids) = row?;
                 live.extend(ids.value().as_chunks().0.iter().map(|id| ChunkId::from_bytes(*id)));
             }
+            shelf::live(txn, &mut live)?;
             let layers = txn.open_table(LAYERS)?;
             let layers = layers
                 .iter()?

@@ -191,7 +191,7 @@ impl ImageStore {
                 .uses()
                 .end(image.digest, || inner.catalog.forget(image.digest))
                 .map_err(|error| error.unwrap_or(ImageError::InUse { image: name }))?;
-            inner.catalog.sweep(inner.flights.any())
+            inner.sweep()
         })
         .await
     }
@@ -222,11 +222,28 @@ impl ImageStore {
 
     /// The chunk store below.
     pub fn chunks(&self) -> &ChunkStore {
-        self.inner.catalog.chunks()
+        self.inner.chunks()
+    }
+
+    pub(crate) fn inner(&self) -> &Arc<Inner> {
+        &self.inner
     }
 }
 
 impl Inner {
+    pub(crate) fn chunks(&self) -> &ChunkStore {
+        self.catalog.chunks()
+    }
+
+    pub(crate) fn registry(&self) -> &Registry {
+        &self.registry
+    }
+
+    /// Gives back what neither an image nor a machine needs; returns how many bytes.
+    pub(crate) fn sweep(&self) -> Result<u64, ImageError> {
+        self.catalog.sweep(self.flights.any())
+    }
+
     async fn get(self: &Arc<Self>, name: String) -> Result<Option<Image>, ImageError> {
         let inner = Arc::clone(self);
         blocking(move || Ok(inner.catalog.get(&name)?.map(|image| inner.with_use(image)))).await

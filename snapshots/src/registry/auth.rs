@@ -1,5 +1,7 @@
 //! Authorization: nothing, basic, or a bearer token from where the registry says (distribution specification, "token").
 
+use std::time::Duration;
+
 use reqwest::header::{AUTHORIZATION, HeaderMap, HeaderValue, WWW_AUTHENTICATE};
 use reqwest::{RequestBuilder, StatusCode, Url};
 use serde::Deserialize;
@@ -132,7 +134,7 @@ impl Exchange<'_> {
             }
             request = request.header(AUTHORIZATION, basic(credentials));
         }
-        let response = send(request, &endpoint.to_string(), config).await?;
+        let response = send(request, &endpoint.to_string(), config.timeouts.first_byte).await?;
         match response.status() {
             StatusCode::OK => {}
             StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN | StatusCode::BAD_REQUEST => {
@@ -161,9 +163,8 @@ impl Exchange<'_> {
 pub(crate) async fn send(
     request: RequestBuilder,
     registry: &str,
-    config: &RegistryConfig,
+    after: Duration,
 ) -> Result<reqwest::Response, RegistryError> {
-    let after = config.timeouts.first_byte;
     match tokio::time::timeout(after, request.send()).await {
         Ok(Ok(response)) => Ok(response),
         Ok(Err(error)) => Err(http::failure(registry, &error)),

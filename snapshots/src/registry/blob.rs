@@ -1,5 +1,6 @@
-//! A blob as one stream of bytes, however often the connection breaks.
+//! A blob, or a part of it, as one stream of bytes, however often the connection breaks.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use reqwest::{Response, StatusCode};
@@ -7,14 +8,16 @@ use reqwest::{Response, StatusCode};
 use super::source::{Source, next_piece};
 use super::{Blob, RegistryError};
 
-/// The bytes of a blob from one source. After a fault that may pass it goes on where it was; the reader does not notice.
+/// The bytes of a blob, or of a part of it, from one source. After a fault that may pass it goes on where it was; the reader does not notice.
 /// Bytes are as they came: whoever reads them compares their digest.
 pub struct BlobStream {
     source: Arc<Source>,
     blob: Blob,
     response: Option<Response>,
-    /// Bytes handed out.
+    /// How far it is: all before this is handed out, or was not asked for.
     done: u64,
+    /// Where it ends.
+    end: u64,
     /// Bytes to drop, where the source ignored from where it was asked to go on.
     skip: u64,
     /// Attempts without much progress.
@@ -27,12 +30,13 @@ pub struct BlobStream {
 const MUCH: u64 = 1 << 20;
 
 impl BlobStream {
-    pub(crate) fn new(source: Arc<Source>, blob: Blob) -> Self {
+    pub(crate) fn new(source: Arc<Source>, blob: Blob, part: Range<u64>) -> Self {
         Self {
             source,
             blob,
             response: None,
-            done: 0,
+            done: part.start,
+            end: part.end,
             skip: 0,
             attempt: 1,
             since_fault: 0,
@@ -44,12 +48,12 @@ impl BlobStream {
         self.source.endpoint.to_string()
     }
 
-    /// The next bytes; `None` after the last one. There are exactly as many as the blob has, or an error.
+    /// The next bytes; `None` after the last one. There are exactly as many as were asked for, or an error.
     ///
     /// # Errors
     /// When the source does not have the blob or refuses it, or when a fault does not pass.
     pub async fn next(&mut self) -> Result<Option<Vec<u8>>, RegistryError> {
-        while self.done < self.blob.size {
+        while self.done < self.end {
             match self.piece().await {
                 Ok(piece) if piece.is_empty() => {}
                 Ok(piece) => {
@@ -88,21 +92,32 @@ impl BlobStream {
         self.skip -= dropped;
         // No more than the whole piece is dropped, so it fits.
         let piece = &piece[usize::try_from(dropped).unwrap_or(piece.len())..];
-        if piece.len() as u64 > self.blob.size - self.done {
+        let rest = self.end - self.done;
+        if piece.len() as u64 <= rest {
+            self.done += piece.len() as u64;
+            return Ok(piece.to_vec());
+        }
+        // Whoever ignores what part was asked for sends on behind it; behind the blob there must be nothing.
+        if self.end == self.blob.size {
             return Err(RegistryError::TooLong {
                 registry,
                 what: format!("blob {}", self.blob.digest),
                 expected: self.blob.size,
             });
         }
-        self.done += piece.len() as u64;
-        Ok(piece.to_vec())
+        self.done = self.end;
+        Ok(piece[..usize::try_from(rest).unwrap_or(piece.len())].to_vec())
     }
 
     async fn open(&mut self) -> Result<Response, RegistryError> {
         let path = format!("{}/blobs/{}", self.source.repository, self.blob.digest);
-        let what = format!("layer {}", self.blob.digest);
-        let response = self.source.open(&path, None, self.done, &what).await?;
+        let what = format!("blob {}", self.blob.digest);
+        let range = match (self.done, self.end) {
+            (0, end) if end == self.blob.size => None,
+            (start, end) if end == self.blob.size => Some(format!("bytes={start}-")),
+            (start, end) => Some(format!("bytes={start}-{}", end - 1)),
+        };
+        let response = self.source.open(&path, None, range, &what).await?;
         self.skip = if response.status() == StatusCode::PARTIAL_CONTENT {
             0
         } else {

@@ -221,7 +221,7 @@ impl Choice {
     }
 }
 
-fn blob(descriptor: &Descriptor, what: &str) -> Result<Blob, RegistryError> {
+pub(crate) fn blob(descriptor: &Descriptor, what: &str) -> Result<Blob, RegistryError> {
     Ok(Blob {
         digest: digest(descriptor, what)?,
         size: descriptor.size(),
@@ -240,7 +240,7 @@ fn digest(descriptor: &Descriptor, what: &str) -> Result<Digest, RegistryError> 
         .map_err(|error| malformed(format!("{error}")))
 }
 
-fn parse<'a, T: Deserialize<'a>>(bytes: &'a [u8], what: &str) -> Result<T, RegistryError> {
+pub(crate) fn parse<'a, T: Deserialize<'a>>(bytes: &'a [u8], what: &str) -> Result<T, RegistryError> {
     serde_json::from_slice(bytes).map_err(|error| RegistryError::Malformed {
         what: what.to_owned(),
         reason: error.to_string(),

@@ -1,11 +1,14 @@
 //! A pull: where to ask, in which order, and whom to believe.
 
+use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 
+use super::artifact::{Artifact, ArtifactKind, parse_artifact};
 use super::auth::Authorizer;
 use super::credentials::Login;
 use super::endpoint::Endpoint;
+use super::push::Push;
 use super::source::Source;
 use super::{
     Blob, BlobStream, Choice, Credentials, Digest, Document, ImageReference, Manifest, RegistryConfig, RegistryError,
@@ -59,6 +62,20 @@ impl Registry {
         })
     }
 
+    /// Prepares a push to `reference`, at the registry itself; asks nobody yet. Reads docker's configuration, so it may block.
+    ///
+    /// # Errors
+    /// When an address or docker's configuration cannot be used.
+    pub fn push(&self, reference: &ImageReference, given: Option<Credentials>) -> Result<Push, RegistryError> {
+        let host = reference.registry();
+        let login = match given {
+            Some(given) => given.into(),
+            None => self.docker_login(host)?,
+        };
+        let endpoint = Endpoint::of_registry(host, self.config.hosts.get(host))?;
+        Ok(Push::new(self.source(endpoint, login, reference), reference.clone()))
+    }
+
     fn docker_login(&self, host: &str) -> Result<Login, RegistryError> {
         credentials::from_docker(self.config.docker_config.as_deref().map(Path::new), host)
     }
@@ -97,11 +114,51 @@ impl Pull {
                 }
             }
         }
-        let nobody = || RegistryError::Address {
+        Err(last.unwrap_or_else(|| self.no_source()))
+    }
+
+    /// Finds an artifact whose configuration is of the given media type, and checks its documents against their digests.
+    ///
+    /// # Errors
+    /// The registry's own, when neither it nor a mirror could serve it; [`RegistryError::Unsupported`] if it is something else.
+    pub async fn artifact(&self, kind: &ArtifactKind) -> Result<Artifact, RegistryError> {
+        let mut last = None;
+        for source in &self.sources {
+            match self.artifact_at(source, kind).await {
+                Ok(artifact) => return Ok(artifact),
+                Err(error) => {
+                    tracing::debug!(%error, source = %source.endpoint, "this source cannot serve the artifact");
+                    last = Some(error);
+                }
+            }
+        }
+        Err(last.unwrap_or_else(|| self.no_source()))
+    }
+
+    async fn artifact_at(&self, source: &Source, kind: &ArtifactKind) -> Result<Artifact, RegistryError> {
+        let name_of = format!("{} {}", kind.name, self.reference);
+        let bytes = source
+            .manifest(&self.reference.manifest_key())
+            .await
+            .map_err(|error| name(error, &name_of))?;
+        let bytes = match self.reference.digest() {
+            Some(digest) => source.verify(bytes, digest, &format!("the manifest of {name_of}"))?,
+            None => bytes,
+        };
+        let (config, layers) = parse_artifact(&bytes, kind, &name_of)?;
+        let what = format!("the record of {name_of}");
+        Ok(Artifact {
+            digest: Digest::of(&bytes),
+            config: source.small_blob(config.digest, &what).await?,
+            layers,
+        })
+    }
+
+    fn no_source(&self) -> RegistryError {
+        RegistryError::Address {
             address: self.reference.to_string(),
             reason: "no source".to_owned(),
-        };
-        Err(last.unwrap_or_else(nobody))
+        }
     }
 
     async fn resolve_at(&self, source: &Source) -> Result<Resolved, RegistryError> {
@@ -110,7 +167,7 @@ impl Pull {
         let bytes = source
             .manifest(&self.reference.manifest_key())
             .await
-            .map_err(|error| name(error, &image))?;
+            .map_err(|error| name(error, &format!("image {image}")))?;
         let bytes = match self.reference.digest() {
             Some(digest) => source.verify(bytes, digest, &format!("the manifest of {image}"))?,
             None => bytes,
@@ -150,18 +207,23 @@ impl Pull {
 
     /// The bytes of `blob` from source number `source`; mirrors come first, the registry is the last. `None`: there are no more.
     pub fn blob(&self, blob: Blob, source: usize) -> Option<BlobStream> {
+        self.part(blob, 0..blob.size, source)
+    }
+
+    /// The same for a part of it, which must lie within the blob.
+    pub fn part(&self, blob: Blob, part: Range<u64>, source: usize) -> Option<BlobStream> {
         self.sources
             .get(source)
-            .map(|source| BlobStream::new(Arc::clone(source), blob))
+            .map(|source| BlobStream::new(Arc::clone(source), blob, part))
     }
 }
 
-/// An unknown manifest is an unknown image, to people.
-fn name(error: RegistryError, image: &str) -> RegistryError {
+/// An unknown manifest is an unknown image or artifact, to people.
+fn name(error: RegistryError, what: &str) -> RegistryError {
     match error {
         RegistryError::NotFound { registry, .. } => RegistryError::NotFound {
             registry,
-            what: format!("image {image}"),
+            what: what.to_owned(),
         },
         other => other,
     }

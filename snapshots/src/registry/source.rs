@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use reqwest::header::{ACCEPT, AUTHORIZATION, RANGE, RETRY_AFTER};
-use reqwest::{Response, StatusCode};
+use reqwest::{RequestBuilder, Response, StatusCode};
 use serde::Deserialize;
 
 use super::auth::{Authorizer, send};
@@ -65,7 +65,7 @@ impl Source {
         let mut attempt = 1;
         loop {
             let result = async {
-                let response = self.open(path, accept, 0, what).await?;
+                let response = self.open(path, accept, None, what).await?;
                 read_limited(response, what, &self.endpoint.to_string(), limit, &self.config).await
             };
             match result.await {
@@ -88,63 +88,73 @@ impl Source {
         Ok(())
     }
 
-    /// One attempt: asks for `path` from byte `from` on and returns the head of a successful answer.
+    /// One attempt: asks for `path`, or a range of its bytes, and returns the head of a successful answer.
     pub(crate) async fn open(
         &self,
         path: &str,
         accept: Option<&str>,
-        from: u64,
+        range: Option<String>,
         what: &str,
     ) -> Result<Response, RegistryError> {
-        let shown = self.authorizer.current().await;
-        let response = self.send(path, accept, from, shown.as_ref()).await?;
-        let response = if response.status() == StatusCode::UNAUTHORIZED {
-            let Self {
-                client,
-                config,
-                endpoint,
-                repository,
-                authorizer,
-            } = self;
-            let header = authorizer
-                .answer(client, config, endpoint, repository, response.headers(), shown.as_ref())
-                .await?;
-            self.send(path, accept, from, Some(&header)).await?
-        } else {
-            response
+        let make = || {
+            let mut request = self.client.get(self.endpoint.url(path));
+            if let Some(accept) = accept {
+                request = request.header(ACCEPT, accept);
+            }
+            if let Some(range) = &range {
+                request = request.header(RANGE, range);
+            }
+            request
         };
-        let registry = self.endpoint.to_string();
+        let response = self.exchange(make, self.config.timeouts.first_byte).await?;
         match response.status() {
             StatusCode::OK | StatusCode::PARTIAL_CONTENT => Ok(response),
-            StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => {
-                Err(self.authorizer.refused(&self.endpoint, &self.repository))
-            }
-            StatusCode::NOT_FOUND => Err(RegistryError::NotFound {
-                registry,
-                what: what.to_owned(),
-            }),
-            _ => Err(status_error(response, &registry, what, &self.config).await),
+            _ => Err(self.refusal(response, what).await),
         }
     }
 
-    async fn send(
+    /// Has a request answered that `make` makes; once more, if the registry wants to be shown something else with it.
+    pub(crate) async fn exchange(
         &self,
-        path: &str,
-        accept: Option<&str>,
-        from: u64,
-        authorization: Option<&reqwest::header::HeaderValue>,
+        make: impl Fn() -> RequestBuilder,
+        patience: Duration,
     ) -> Result<Response, RegistryError> {
-        let mut request = self.client.get(self.endpoint.url(path));
-        if let Some(accept) = accept {
-            request = request.header(ACCEPT, accept);
+        let Self {
+            client,
+            config,
+            endpoint,
+            repository,
+            authorizer,
+        } = self;
+        let registry = endpoint.to_string();
+        let shown = authorizer.current().await;
+        let request = match &shown {
+            Some(header) => make().header(AUTHORIZATION, header),
+            None => make(),
+        };
+        let response = send(request, &registry, patience).await?;
+        if response.status() != StatusCode::UNAUTHORIZED {
+            return Ok(response);
         }
-        if from > 0 {
-            request = request.header(RANGE, format!("bytes={from}-"));
+        let header = authorizer
+            .answer(client, config, endpoint, repository, response.headers(), shown.as_ref())
+            .await?;
+        send(make().header(AUTHORIZATION, header), &registry, patience).await
+    }
+
+    /// What an answer that is no success means.
+    pub(crate) async fn refusal(&self, response: Response, what: &str) -> RegistryError {
+        let registry = self.endpoint.to_string();
+        match response.status() {
+            StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => {
+                self.authorizer.refused(&self.endpoint, &self.repository)
+            }
+            StatusCode::NOT_FOUND => RegistryError::NotFound {
+                registry,
+                what: what.to_owned(),
+            },
+            _ => status_error(response, &registry, what, &self.config).await,
         }
-        if let Some(authorization) = authorization {
-            request = request.header(AUTHORIZATION, authorization);
-        }
-        send(request, &self.endpoint.to_string(), &self.config).await
     }
 }
 

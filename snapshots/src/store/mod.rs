@@ -54,6 +54,7 @@ pub use error::StoreError;
 pub(crate) use index::Index;
 use lock::DirLock;
 use pack::Pack;
+pub(crate) use pack::unpack;
 use session::Pins;
 pub use session::{Session, Sink};
 
@@ -203,6 +204,17 @@ impl ChunkStore {
         self.pack(location.pack)
             .ok_or(StoreError::Missing(id))?
             .read(id, location)
+    }
+
+    /// The chunk `id` as it is stored, checked against its name: itself, or a zstd frame that is shorter.
+    ///
+    /// # Errors
+    /// As [`ChunkStore::get`].
+    pub fn get_stored(&self, id: ChunkId) -> Result<Vec<u8>, StoreError> {
+        let location = self.find(id)?.ok_or(StoreError::Missing(id))?;
+        let pack = self.pack(location.pack).ok_or(StoreError::Missing(id))?;
+        pack.read(id, location)?;
+        pack.read_stored(location)
     }
 
     /// Where each of `ids` lies, in the same order. Only what is committed counts.

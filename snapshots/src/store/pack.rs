@@ -238,7 +238,7 @@ impl Pack {
 }
 
 /// The chunk of `raw_len` bytes that is stored as `stored`.
-fn unpack(stored: &[u8], raw_len: u32) -> io::Result<Vec<u8>> {
+pub(crate) fn unpack(stored: &[u8], raw_len: u32) -> io::Result<Vec<u8>> {
     if stored.len() == raw_len as usize {
         return Ok(stored.to_vec());
     }

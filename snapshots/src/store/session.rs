@@ -4,7 +4,7 @@ use std::collections::HashSet;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use super::{ChunkStore, StoreError, check_len};
-use crate::chunk::{ChunkId, ChunkSink, SinkError};
+use crate::chunk::{Chunk, ChunkId, ChunkSink, SinkError};
 
 /// Chunks that a sweep must leave alone, though nothing refers to them yet.
 #[derive(Debug, Default)]
@@ -54,6 +54,22 @@ impl Session {
             Err(StoreError::Missing(_)) => Ok(false),
             Err(error) => Err(error),
         }
+    }
+
+    /// Holds on to `chunks`, and tells which of them the store does not have.
+    ///
+    /// # Errors
+    /// When the index cannot be read.
+    pub fn missing(&self, chunks: &[Chunk]) -> Result<Vec<Chunk>, StoreError> {
+        let _open = self.store.inner.gate.read().unwrap_or_else(PoisonError::into_inner);
+        self.pins.add(chunks.iter().map(|chunk| chunk.id));
+        let mut missing = Vec::new();
+        for chunk in chunks {
+            if !self.store.contains(chunk.id)? {
+                missing.push(*chunk);
+            }
+        }
+        Ok(missing)
     }
 
     /// Makes all chunks put so far durable and known. See [`ChunkStore::commit`].

@@ -63,10 +63,10 @@ async fn killed_in_the_middle_of_a_pull_the_store_opens_and_pulls() {
 }
 
 /// A small tmpfs, unmounted with the value.
-struct SmallDisk(tempfile::TempDir);
+pub struct SmallDisk(pub tempfile::TempDir);
 
 impl SmallDisk {
-    fn mount(bytes: u64) -> Self {
+    pub fn mount(bytes: u64) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let status = Command::new("mount")
             .args(["-t", "tmpfs", "-o", &format!("size={bytes}"), "tmpfs"])

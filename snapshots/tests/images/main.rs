@@ -12,6 +12,7 @@ mod hostile;
 mod kinds;
 mod layers;
 mod local;
+mod machines;
 mod proxy;
 mod pull;
 mod registry;
