@@ -107,6 +107,12 @@ pub trait Sandbox: Send + Sync + 'static {
     fn addresses(&self) -> Vec<String>;
     /// Answers when it is no more and everything it held on the host is gone; any number of callers may wait.
     async fn exited(&self) -> SandboxExit;
+    /// Has it stand still; answers when it does. One that stands still already does so further.
+    async fn pause(&self) -> Result<(), SandboxError>;
+    /// Has it go on where it stood. One that runs goes on running.
+    async fn resume(&self) -> Result<(), SandboxError>;
+    /// Whether it stands still.
+    async fn is_paused(&self) -> Result<bool, SandboxError>;
     /// Ends it without asking the guest. Answers at once: [`exited`](Sandbox::exited) tells when it is done.
     async fn kill(&self);
 }

@@ -47,6 +47,26 @@ impl Pods for Api {
         Ok(Response::new(host::TerminatePodResponse {}))
     }
 
+    async fn pause_pod(
+        &self,
+        request: Request<host::PausePodRequest>,
+    ) -> Result<Response<host::PausePodResponse>, Status> {
+        let request = request.into_inner();
+        self.fence(request.lease_epoch)?;
+        let pod = Some(self.pods.pause(&request.uid).await?);
+        Ok(Response::new(host::PausePodResponse { pod }))
+    }
+
+    async fn resume_pod(
+        &self,
+        request: Request<host::ResumePodRequest>,
+    ) -> Result<Response<host::ResumePodResponse>, Status> {
+        let request = request.into_inner();
+        self.fence(request.lease_epoch)?;
+        let pod = Some(self.pods.resume(&request.uid).await?);
+        Ok(Response::new(host::ResumePodResponse { pod }))
+    }
+
     async fn forget_pod(
         &self,
         request: Request<host::ForgetPodRequest>,

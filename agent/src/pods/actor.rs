@@ -1,4 +1,9 @@
 //! One task for each pod: performs what its state machine asks for and feeds back what came of it.
+//!
+//! [`standstill`] is what it does to have the sandbox pause and go on, [`takeover`] how it finds one of an earlier flintd.
+
+mod standstill;
+mod takeover;
 
 use std::{
     collections::HashMap,
@@ -8,24 +13,26 @@ use std::{
 
 use flint_api::{guest, host, vmm::ExitReason};
 use tokio::{
-    sync::mpsc,
+    sync::{mpsc, oneshot},
     task::{AbortHandle, JoinSet},
 };
 use tracing::{info, warn};
 
 use super::{
-    Context, PodRecord,
+    Context, PodError, PodRecord,
     attached::Attached,
     machine::{Action, Event, Life, Machine, StepError, Timer},
     process,
     run::{Run, guest_id, signal},
-    steps::{launch, pull, registry, survey},
+    steps::{launch, pull, registry},
     timestamp,
 };
 use crate::{
-    backend::{Identity, Sandbox, SandboxExit, SandboxPlan, TakeOver},
+    backend::{Identity, Sandbox, SandboxError, SandboxExit, SandboxPlan},
     timeline::Timeline,
 };
+
+use standstill::Going;
 
 /// Words for an actor that may wait; senders beyond it wait.
 const QUEUE: usize = 64;
@@ -37,7 +44,21 @@ pub(super) enum Command {
     Update(Box<(host::PodMeta, host::PodSpec)>),
     /// End the pod.
     Terminate(Duration),
+    /// Something about its sandbox as a whole.
+    Ask(Ask, Reply),
 }
+
+/// What a sandbox can be asked for.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Ask {
+    /// To stand still.
+    Pause,
+    /// To go on.
+    Resume,
+}
+
+/// Hears whether it was done, once it is.
+pub(super) type Reply = oneshot::Sender<Result<(), PodError>>;
 
 /// What the task hears.
 enum Input {
@@ -47,6 +68,12 @@ enum Input {
     Sandbox(Arc<dyn Sandbox>),
     /// An earlier flintd's sandbox is there, with these containers in it.
     Found(Arc<dyn Sandbox>, Vec<guest::ContainerStatus>),
+    /// An earlier flintd's sandbox is there and stands still.
+    FoundPaused(Arc<dyn Sandbox>),
+    /// The sandbox stands still, or could not be brought to it.
+    Stood(Result<(), SandboxError>, Reply),
+    /// The sandbox goes on, or cannot.
+    Went(Result<Going, SandboxError>, Option<Reply>),
     /// The timeline grew.
     Refresh,
 }
@@ -55,6 +82,8 @@ enum Input {
 #[derive(Default)]
 pub(super) struct Live {
     pub(super) sandbox: Option<Arc<dyn Sandbox>>,
+    /// Whether it stands still.
+    pub(super) paused: bool,
     /// By container: its present run, whether that runs, its output.
     pub(super) containers: Vec<(u32, bool, Attached)>,
 }
@@ -92,6 +121,10 @@ pub(super) struct Actor {
     live: Arc<Mutex<Live>>,
     timers: HashMap<Timer, AbortHandle>,
     tasks: JoinSet<()>,
+    /// Whoever has the sandbox stand still or go on: one at a time.
+    turn: Arc<tokio::sync::Mutex<()>>,
+    /// While an earlier flintd's sandbox is being looked for: what was asked of it meanwhile.
+    early: Option<Vec<(Ask, Reply)>>,
 }
 
 impl Actor {
@@ -107,8 +140,8 @@ impl Actor {
         let (sender, inputs) = mpsc::channel(QUEUE);
         let containers = spec.containers.iter().map(|_| (0, false, Attached::new())).collect();
         let live = Arc::new(Mutex::new(Live {
-            sandbox: None,
             containers,
+            ..Live::default()
         }));
         let handle = Handle {
             commands: sender.clone(),
@@ -134,6 +167,8 @@ impl Actor {
             live,
             timers: HashMap::new(),
             tasks: JoinSet::new(),
+            turn: Arc::default(),
+            early: None,
         };
         (actor, handle)
     }
@@ -166,12 +201,28 @@ impl Actor {
                     self.record.sandbox_id.clear();
                 }
                 self.handle(event).await;
+                self.answer_early();
             }
             Input::Sandbox(sandbox) => {
                 self.hold(&sandbox);
                 self.handle(Event::Launched(Ok(sandbox.addresses()))).await;
             }
-            Input::Found(sandbox, containers) => self.found(sandbox, &containers).await,
+            Input::Found(sandbox, containers) => {
+                self.found(sandbox, &containers).await;
+                self.answer_early();
+            }
+            Input::FoundPaused(sandbox) => {
+                self.hold(&sandbox);
+                let addresses = sandbox.addresses();
+                self.handle(Event::FoundPaused { addresses }).await;
+                self.answer_early();
+            }
+            Input::Stood(result, reply) => self.stood(result, reply).await,
+            Input::Went(result, reply) => self.went(result, reply).await,
+            Input::Command(Command::Ask(ask, reply)) => match &mut self.early {
+                Some(early) => early.push((ask, reply)),
+                None => self.ask(ask, reply),
+            },
             Input::Command(Command::Terminate(grace)) => {
                 self.record.terminate(grace, SystemTime::now());
                 self.handle(Event::Terminate(grace)).await;
@@ -221,6 +272,7 @@ impl Actor {
         {
             let mut live = self.live.lock().unwrap_or_else(PoisonError::into_inner);
             live.sandbox.clone_from(&self.sandbox);
+            live.paused = self.machine.is_paused();
             for (shown, (run, runs)) in live.containers.iter_mut().zip(self.machine.runs()) {
                 (shown.0, shown.1) = (run, runs);
             }
@@ -272,6 +324,7 @@ impl Actor {
                     });
                 }
             }
+            Action::Resume => self.resume(None),
             Action::Arm(timer, pause) => {
                 let handle = self.spawn(async move {
                     tokio::time::sleep(pause).await;
@@ -452,75 +505,6 @@ impl Actor {
             .await;
             None
         });
-    }
-
-    /// Looks for the sandbox that an earlier flintd made.
-    fn take_over(&mut self) {
-        let context = self.context.clone();
-        let id = self.record.sandbox_id.clone();
-        for digest in self.machine.digests().unwrap_or_default() {
-            if !self.disks.iter().any(|known| known == digest) {
-                self.disks.push(digest.to_owned());
-            }
-        }
-        let images = self.disks.len();
-        self.spawn(async move {
-            let exit = match context.sandboxes.take_over(&id).await {
-                Ok(TakeOver::Running(sandbox)) => match survey(&sandbox, images).await {
-                    Ok(containers) => return Some(Input::Found(sandbox, containers)),
-                    Err(error) => {
-                        warn!(
-                            sandbox = id,
-                            error, "the guest cannot be taken over, ending the sandbox"
-                        );
-                        sandbox.kill().await;
-                        sandbox.exited().await
-                    }
-                },
-                Ok(TakeOver::Ended(exit)) => exit,
-                Err(error) => SandboxExit {
-                    reason: ExitReason::Killed,
-                    detail: format!("it could not be taken over: {error}"),
-                },
-            };
-            Some(Input::Event(Event::SandboxGone(exit)))
-        });
-    }
-
-    async fn found(&mut self, sandbox: Arc<dyn Sandbox>, listed: &[guest::ContainerStatus]) {
-        use guest::container_status::State;
-        self.hold(&sandbox);
-        let runs: Vec<_> = self.machine.runs().map(|(run, _)| run).collect();
-        let known = |index: usize, run: u32| {
-            let id = self
-                .spec
-                .containers
-                .get(index)
-                .map(|container| guest_id(&container.name, run));
-            listed.iter().any(|status| {
-                Some(&status.container_id) == id.as_ref() && matches!(status.state(), State::Running | State::Exited)
-            })
-        };
-        let started: Vec<_> = runs
-            .iter()
-            .enumerate()
-            .filter(|(index, run)| known(*index, **run))
-            .map(|(index, _)| index)
-            .collect();
-        let event = Event::TakenOver {
-            addresses: sandbox.addresses(),
-            started: started.clone(),
-        };
-        self.handle(event).await;
-        let going: Vec<_> = self.machine.runs().collect();
-        for index in started {
-            let Some((run, true)) = going.get(index).copied() else {
-                continue;
-            };
-            let Some(this) = self.the_run(index, run) else { continue };
-            let sender = self.sender.clone();
-            self.spawn(async move { follow(&this, sender).await });
-        }
     }
 }
 

@@ -108,11 +108,15 @@ impl redb::StorageBackend for Disk {
 enum Course {
     ByItself,
     Terminated,
+    /// It is paused, goes on and ends by itself.
+    Paused,
 }
 
 /// What the client has had an answer to.
 #[derive(Debug, Default)]
 struct Client {
+    paused: bool,
+    resuming: bool,
     end: Option<host::pod_status::Phase>,
     forgotten: bool,
 }
@@ -131,12 +135,40 @@ impl Client {
             });
             running.await;
             match course {
+                Course::Paused if !self.pause(world, pods).await? => return Ok(()),
+                Course::Paused => {}
                 Course::ByItself => world.finish(),
                 Course::Terminated => pods.terminate("u", Some(Duration::from_secs(5))).await?,
             }
             until(pods, |status| has_ended_as(status).is_some()).await;
             self.end = has_ended_as(&pods.get("u")?.status.unwrap());
         }
+        self.forget(pods).await
+    }
+
+    /// Pauses the pod, and is gone; the next time it finds it paused, and has it go on and end.
+    async fn pause(&mut self, world: &World, pods: &Pods) -> Result<bool, PodError> {
+        if !self.paused {
+            pods.pause("u").await?;
+            self.paused = true;
+            assert!(world.all_stand_still(), "a pod is said to be paused and runs");
+            return Ok(false);
+        }
+        if !self.resuming {
+            until(pods, |status| status.paused_at.is_some()).await;
+            assert!(world.all_stand_still(), "a paused pod goes on by itself");
+        }
+        self.resuming = true;
+        // What its program does in the pause is seen after it.
+        world.finish();
+        match pods.resume("u").await {
+            // It went on, and the answer was lost.
+            Ok(_) | Err(PodError::NotUp(_)) => Ok(true),
+            Err(error) => Err(error),
+        }
+    }
+
+    async fn forget(&mut self, pods: &Pods) -> Result<(), PodError> {
         match pods.forget("u").await {
             // The earlier call was done, and its answer lost.
             Ok(()) | Err(PodError::NotFound(_)) => self.forgotten = true,
@@ -276,12 +308,17 @@ fn story(course: Course, kills: &[usize]) -> usize {
     };
     drop(Store::with_backend(first).unwrap());
     let mut operations = 0;
-    for most in kills.iter().copied().chain([usize::MAX]) {
-        operations = live(&world, &image, folder.path(), &mut client, course, most);
+    // Who pauses the pod leaves it to the next one.
+    let last: &[usize] = match course {
+        Course::Paused => &[usize::MAX, usize::MAX],
+        Course::ByItself | Course::Terminated => &[usize::MAX],
+    };
+    for most in kills.iter().chain(last).copied() {
+        operations = operations.max(live(&world, &image, folder.path(), &mut client, course, most));
     }
     assert!(client.forgotten, "{kills:?}: {client:?}");
     let phase = match course {
-        Course::ByItself => host::pod_status::Phase::Succeeded,
+        Course::ByItself | Course::Paused => host::pod_status::Phase::Succeeded,
         Course::Terminated => host::pod_status::Phase::Failed,
     };
     assert_eq!(client.end, Some(phase), "{kills:?}: {world:?}");
@@ -303,6 +340,11 @@ fn at_every_operation(course: Course) {
 #[test]
 fn a_pod_that_ends_by_itself_does_so_once_wherever_flintd_is_killed() {
     at_every_operation(Course::ByItself);
+}
+
+#[test]
+fn a_pod_that_was_paused_is_found_so_and_goes_on_when_asked_wherever_flintd_is_killed() {
+    at_every_operation(Course::Paused);
 }
 
 #[test]

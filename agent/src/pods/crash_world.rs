@@ -49,6 +49,8 @@ struct Machine {
     end: Arc<watch::Sender<Option<SandboxExit>>>,
     /// Whether the image is mounted, without which no container can be made.
     mounted: Arc<AtomicBool>,
+    /// Whether it stands still: a call waits for it to go on.
+    paused: Arc<watch::Sender<bool>>,
     /// Whether its start was completed; otherwise whoever finds it ends it.
     ready: bool,
 }
@@ -103,6 +105,14 @@ impl World {
                 }
             });
         }
+    }
+
+    /// Whether no guest runs.
+    pub(super) fn all_stand_still(&self) -> bool {
+        let machines = self.machines.lock().unwrap();
+        machines
+            .values()
+            .all(|machine| !machine.alive() || *machine.paused.borrow())
     }
 
     /// Nothing runs, and nothing ran twice.
@@ -249,6 +259,20 @@ impl Sandbox for Held {
         self.life.gate().await;
         end
     }
+    async fn pause(&self) -> Result<(), SandboxError> {
+        self.life.gate().await;
+        self.machine.paused.send_replace(true);
+        Ok(())
+    }
+    async fn resume(&self) -> Result<(), SandboxError> {
+        self.life.gate().await;
+        self.machine.paused.send_replace(false);
+        Ok(())
+    }
+    async fn is_paused(&self) -> Result<bool, SandboxError> {
+        self.life.gate().await;
+        Ok(*self.machine.paused.borrow())
+    }
     async fn kill(&self) {
         self.life.gate().await;
         self.machine.die(ExitReason::Killed, "");
@@ -263,8 +287,15 @@ struct InGuest {
 }
 
 impl InGuest {
-    async fn change(&self, change: impl FnOnce(&mut BTreeMap<String, Container>)) {
+    /// Waits until the guest runs and somebody is there to hear it.
+    async fn goes(&self) {
+        let mut news = self.machine.paused.subscribe();
+        news.wait_for(|paused| !paused).await.unwrap();
         self.life.gate().await;
+    }
+
+    async fn change(&self, change: impl FnOnce(&mut BTreeMap<String, Container>)) {
+        self.goes().await;
         self.machine.containers.send_modify(change);
     }
 
@@ -275,6 +306,7 @@ impl InGuest {
             .wait_for(|all| all.get(id).is_none_or(|container| container.exit.is_some()))
             .await;
         let exit = all.map_err(|_| Status::unavailable("gone"))?.get(id).cloned();
+        self.goes().await;
         exit.and_then(|container| container.exit)
             .ok_or_else(|| Status::not_found(format!("no container {id}")))
     }
@@ -295,7 +327,7 @@ impl Guest for InGuest {
         Ok(Response::new(Default::default()))
     }
     async fn mount_image(&self, _: Request<guest::MountImageRequest>) -> Answer<guest::MountImageResponse> {
-        self.life.gate().await;
+        self.goes().await;
         self.machine.mounted.store(true, Ordering::SeqCst);
         Ok(Response::new(Default::default()))
     }
@@ -346,6 +378,7 @@ impl Guest for InGuest {
         Err(Status::not_found(request.into_inner().container_id))
     }
     async fn list_containers(&self, _: Request<guest::ListContainersRequest>) -> Answer<guest::ListContainersResponse> {
+        self.goes().await;
         let all = self.machine.containers.borrow().clone();
         let status = |(container_id, container): (String, Container)| guest::ContainerStatus {
             container_id,
@@ -376,7 +409,7 @@ impl Guest for InGuest {
         Ok(Response::new(Default::default()))
     }
     async fn shutdown(&self, _: Request<guest::ShutdownRequest>) -> Answer<guest::ShutdownResponse> {
-        self.life.gate().await;
+        self.goes().await;
         self.machine.die(ExitReason::Poweroff, "");
         Ok(Response::new(Default::default()))
     }

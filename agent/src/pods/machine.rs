@@ -6,8 +6,10 @@
 //!                        ^                   |    ^             |    or asked to terminate           |          ^
 //!                        | retry             | err| relaunch    | sandbox died, policy: again        | sandbox  |
 //!                     (timers)               v    |             v                                    | gone     |
-//!                                           Paused <------------+                                    +----------+
+//!                                         BackingOff <----------+                                    +----------+
 //! ```
+//!
+//! A pod that is up may be paused: its sandbox stands still, and what would have it do something waits.
 //!
 //! Whoever owns a machine performs the actions and brings their results back as events; an action may be performed
 //! again at any time (a new flintd does so), and an event that no longer fits is ignored.
@@ -38,7 +40,7 @@ pub enum Life {
     /// The sandbox runs.
     Up,
     /// There is no sandbox; one will be made when the pause is over.
-    Paused,
+    BackingOff,
     /// The guest was asked to shut down.
     Stopping,
     /// Nothing will happen any more.
@@ -66,6 +68,15 @@ pub enum Event {
         /// Indices of the containers whose present run is known to the guest and was started.
         started: Vec<usize>,
     },
+    /// An earlier flintd's sandbox is there and stands still, as that flintd had been asked for.
+    FoundPaused {
+        /// Addresses of the pod.
+        addresses: Vec<String>,
+    },
+    /// The sandbox stands still.
+    Paused,
+    /// It goes on.
+    Resumed,
     /// The container's program runs.
     Started {
         /// Index of the container.
@@ -116,6 +127,8 @@ pub enum Action {
     Shutdown,
     /// End the VMM.
     KillSandbox,
+    /// Have the sandbox go on; leads to [`Event::Resumed`], or to [`Event::TakenOver`] if it was found standing still.
+    Resume,
     /// Come back with [`Event::Timer`] after a pause; replaces the timer of that name.
     Arm(Timer, Duration),
 }
@@ -128,7 +141,7 @@ impl Action {
             Self::Shutdown | Self::KillSandbox => true,
             // The run before it is removed first.
             Self::Run(_, run) => *run > 0,
-            Self::Pull(_) | Self::Launch | Self::Stop(_) | Self::Kill(_) | Self::Arm(..) => false,
+            Self::Pull(_) | Self::Launch | Self::Stop(_) | Self::Kill(_) | Self::Resume | Self::Arm(..) => false,
         }
     }
 }
@@ -169,6 +182,26 @@ impl StepError {
     }
 }
 
+/// A pod that stands still.
+#[derive(Clone, Debug)]
+pub(super) struct Pause {
+    pub(super) since: SystemTime,
+    /// What became of its containers is not known yet: a guest that stands still cannot be asked.
+    pub(super) unseen: bool,
+    /// Timers that came meanwhile.
+    held: Vec<Timer>,
+}
+
+impl Pause {
+    pub(super) fn new(since: SystemTime, unseen: bool) -> Self {
+        Self {
+            since,
+            unseen,
+            held: Vec::new(),
+        }
+    }
+}
+
 /// The state of one pod.
 #[derive(Clone, Debug)]
 pub struct Machine {
@@ -181,6 +214,7 @@ pub struct Machine {
     pub(super) started_at: Option<SystemTime>,
     pub(super) finished_at: Option<SystemTime>,
     pub(super) terminating: Option<Duration>,
+    pub(super) pause: Option<Pause>,
     pub(super) reason: String,
     pub(super) message: String,
 }
@@ -202,6 +236,7 @@ impl Machine {
             started_at: None,
             finished_at: None,
             terminating: None,
+            pause: None,
             reason: String::new(),
             message: String::new(),
         }
@@ -215,6 +250,16 @@ impl Machine {
     /// Digests of the images, by container, once all are here.
     pub fn digests(&self) -> Option<Vec<&str>> {
         self.containers.iter().map(Container::digest).collect()
+    }
+
+    /// Whether the pod was asked to end.
+    pub fn is_terminating(&self) -> bool {
+        self.terminating.is_some()
+    }
+
+    /// Whether the pod stands still.
+    pub fn is_paused(&self) -> bool {
+        self.pause.is_some()
     }
 
     /// The present run of each container, with whether it was started and has not ended.
@@ -237,6 +282,12 @@ impl Machine {
             Event::Launched(Ok(addresses)) => self.launched(addresses, None, now, &mut actions),
             Event::Launched(Err(error)) => self.launch_failed(error, now, &mut actions),
             Event::TakenOver { addresses, started } => self.launched(addresses, Some(&started), now, &mut actions),
+            Event::FoundPaused { addresses } => {
+                self.life = Life::Up;
+                self.addresses = addresses;
+            }
+            Event::Paused => self.paused(now, &mut actions),
+            Event::Resumed => self.resumed(&mut actions),
             Event::Started { container, run } => self.started(container, run, now, &mut actions),
             Event::StartFailed { container, run, error } => self.start_failed(container, run, error, now, &mut actions),
             Event::Exited { container, run, exit } => self.exited(container, run, &exit, now, &mut actions),
@@ -305,6 +356,7 @@ impl Machine {
         actions: &mut Vec<Action>,
     ) {
         self.life = Life::Up;
+        self.pause = None;
         self.addresses = addresses;
         self.reason.clear();
         self.message.clear();
@@ -335,7 +387,7 @@ impl Machine {
             self.end_all(|container| container.never_ran(now));
             self.finish(now);
         } else {
-            self.life = Life::Paused;
+            self.life = Life::BackingOff;
             actions.push(Action::Arm(Timer::Relaunch, self.sandbox_backoff.after_failure()));
         }
     }
@@ -409,6 +461,7 @@ impl Machine {
             return;
         }
         self.addresses.clear();
+        self.pause = None;
         // An earlier flintd was killed while it made the sandbox. That is no try of the pod's own: nothing of it has run.
         let untouched = self.containers.iter().all(|container| !container.begun);
         if self.life == Life::Launching && untouched && self.terminating.is_none() {
@@ -431,7 +484,7 @@ impl Machine {
             .and_then(|at| now.duration_since(at).ok())
             .unwrap_or_default();
         let pause = self.sandbox_backoff.after_run(up_for);
-        self.life = Life::Paused;
+        self.life = Life::BackingOff;
         self.reason = "SandboxKilled".into();
         self.message = message.clone();
         for container in self
@@ -451,7 +504,28 @@ impl Machine {
         actions.push(Action::Arm(Timer::Relaunch, pause));
     }
 
+    /// The sandbox stands still. One that is to end must not.
+    fn paused(&mut self, now: SystemTime, actions: &mut Vec<Action>) {
+        if self.life != Life::Up || self.terminating.is_some() {
+            actions.push(Action::Resume);
+        } else if self.pause.is_none() {
+            self.pause = Some(Pause::new(now, false));
+        }
+    }
+
+    fn resumed(&mut self, actions: &mut Vec<Action>) {
+        let held = self.pause.take().map(|pause| pause.held);
+        for timer in held.into_iter().flatten() {
+            self.timer(timer, actions);
+        }
+        self.stop_when_done(actions);
+    }
+
     fn timer(&mut self, timer: Timer, actions: &mut Vec<Action>) {
+        if let Some(pause) = self.pause.as_mut().filter(|_| matches!(timer, Timer::Restart(_))) {
+            pause.held.push(timer);
+            return;
+        }
         match timer {
             Timer::PullFailed(index) => {
                 if let Some(container) = self.containers.get_mut(index).filter(|c| c.image == ImageStep::Failed) {
@@ -471,7 +545,7 @@ impl Machine {
                     actions.push(container.begin_run(index));
                 }
             }
-            Timer::Relaunch if self.life == Life::Paused => self.launch(actions),
+            Timer::Relaunch if self.life == Life::BackingOff => self.launch(actions),
             Timer::Grace if self.life == Life::Up => {
                 for index in 0..self.containers.len() {
                     actions.push(Action::Kill(index));
@@ -488,11 +562,23 @@ impl Machine {
         let grace = self.terminating.map_or(grace, |earlier| earlier.min(grace));
         self.terminating = Some(grace);
         match self.life {
-            Life::Pulling | Life::Paused => {
+            Life::Pulling | Life::BackingOff => {
                 self.end_all(|container| container.never_ran(now));
                 self.finish(now);
             }
-            Life::Up => self.stop_containers(grace, now, actions),
+            // Nothing more of it is to run.
+            Life::Up if self.pause.is_some() && grace.is_zero() => actions.push(Action::KillSandbox),
+            Life::Up => {
+                if let Some(pause) = &self.pause {
+                    actions.push(Action::Resume);
+                    if pause.unseen {
+                        // Its containers are told to stop when it is known which there are.
+                        actions.push(Action::Arm(Timer::Grace, grace));
+                        return;
+                    }
+                }
+                self.stop_containers(grace, now, actions);
+            }
             // The sandbox's arrival, or its end, finds the wish.
             Life::Launching | Life::Stopping | Life::Ended => {}
         }
@@ -512,9 +598,10 @@ impl Machine {
         self.stop_when_done(actions);
     }
 
-    /// Shuts the sandbox down when no container will run in it any more.
+    /// Shuts the sandbox down when no container will run in it any more; one that stands still, when it goes on.
     fn stop_when_done(&mut self, actions: &mut Vec<Action>) {
-        if self.life == Life::Up && self.containers.iter().all(|c| matches!(c.state, State::Ended(_))) {
+        let goes = self.life == Life::Up && self.pause.is_none();
+        if goes && self.containers.iter().all(|c| matches!(c.state, State::Ended(_))) {
             self.life = Life::Stopping;
             actions.push(Action::Shutdown);
             actions.push(Action::Arm(Timer::Patience, SHUTDOWN_PATIENCE));
@@ -563,15 +650,20 @@ impl Machine {
 
     /// The status as the API shows it, but for what the pod's record adds.
     pub fn status(&self) -> host::PodStatus {
+        let mut containers: Vec<_> = self.containers.iter().map(Container::status).collect();
+        for container in &mut containers {
+            container.ready &= self.pause.is_none();
+        }
         host::PodStatus {
             phase: self.phase().into(),
             reason: self.reason.clone(),
             message: self.message.clone(),
             pod_ips: self.addresses.clone(),
-            containers: self.containers.iter().map(Container::status).collect(),
+            containers,
             started_at: self.started_at.map(timestamp),
             finished_at: self.finished_at.map(timestamp),
             terminating: self.terminating.is_some(),
+            paused_at: self.pause.as_ref().map(|pause| timestamp(pause.since)),
             ..host::PodStatus::default()
         }
     }

@@ -458,7 +458,7 @@ fn any_order_of_events_is_survived() {
             let index = usize::try_from(next(3)).unwrap();
             let run = u32::try_from(next(3)).unwrap();
             let was = (pod.machine.life(), pod.machine.terminating.is_some());
-            let actions = match next(12) {
+            let actions = match next(14) {
                 0 | 1 => pod.on(Event::Pulled {
                     container: index,
                     result: Ok("sha256:1".into()),
@@ -481,6 +481,8 @@ fn any_order_of_events_is_survived() {
                     exit: Default::default(),
                 }),
                 9 => pod.gone(ExitReason::Killed),
+                11 => pod.on(Event::Paused),
+                12 => pod.on(Event::Resumed),
                 10 if next(4) == 0 => pod.on(Event::Terminate(Duration::from_secs(next(3)))),
                 _ => pod.on(Event::Timer(match next(6) {
                     0 => Timer::Pull(index),
@@ -503,3 +505,6 @@ fn any_order_of_events_is_survived() {
         }
     }
 }
+
+#[path = "pause_tests.rs"]
+mod pause_tests;

@@ -26,7 +26,7 @@ use std::{
 
 use flint_api::host;
 use thiserror::Error;
-use tokio::sync::watch;
+use tokio::sync::{oneshot, watch};
 use tracing::{info, warn};
 
 pub use record::{ContainerRecord, PodRecord};
@@ -39,7 +39,7 @@ use crate::{
     store::{Change, Loaded},
     timeline::Timeline,
 };
-use actor::{Actor, Command, Handle};
+use actor::{Actor, Ask, Command, Handle};
 use admission::{Ledger, Shortage, Sizing};
 use attached::Attached;
 use journal::Journal;
@@ -75,6 +75,25 @@ pub enum PodError {
         given: u64,
         /// The host's.
         known: u64,
+    },
+    /// There is no sandbox to do it with.
+    #[error("pod {0} has no running sandbox just now: `flint ps -a` shows what it is doing")]
+    NotUp(String),
+    /// It is on its way to its end.
+    #[error("pod {0} is being ended")]
+    Terminating(String),
+    /// It stands still.
+    #[error("pod {0} is paused: resume it first")]
+    Paused(String),
+    /// The sandbox did not do as asked.
+    #[error("pod {uid}: {doing} failed: {why}")]
+    Sandbox {
+        /// Which pod.
+        uid: String,
+        /// What was asked for.
+        doing: &'static str,
+        /// Why not.
+        why: String,
     },
     /// The pod still runs.
     #[error("pod {0} has not ended: terminate it first")]
@@ -324,6 +343,30 @@ impl Pods {
         Ok(())
     }
 
+    /// Has a pod stand still.
+    pub async fn pause(&self, uid: &str) -> Result<host::Pod, PodError> {
+        self.ask(uid, Ask::Pause).await
+    }
+
+    /// Has a pod go on.
+    pub async fn resume(&self, uid: &str) -> Result<host::Pod, PodError> {
+        self.ask(uid, Ask::Resume).await
+    }
+
+    /// Has a pod's task do something, and answers with the pod after it.
+    async fn ask(&self, uid: &str, ask: Ask) -> Result<host::Pod, PodError> {
+        let not_up = || PodError::NotUp(uid.to_owned());
+        if has_ended(&self.get(uid)?) {
+            return Err(not_up());
+        }
+        let actor = self.actors().get(uid).cloned().ok_or_else(not_up)?;
+        let (reply, answer) = oneshot::channel();
+        actor.send(Command::Ask(ask, reply)).await;
+        // A task that has ended meanwhile has dropped the question.
+        answer.await.map_err(|_| not_up())??;
+        self.get(uid)
+    }
+
     /// Ends all pods and waits until they have ended.
     pub async fn terminate_all(&self, wait: bool) {
         let watcher = self.context.journal.watch(0);
@@ -427,6 +470,9 @@ impl Pods {
         };
         let actor = self.actors().get(uid).cloned().ok_or_else(not_running)?;
         let live = actor.live();
+        if live.paused {
+            return Err(PodError::Paused(uid.into()));
+        }
         let Some((run, true, output)) = live.containers.get(index) else {
             return Err(not_running());
         };

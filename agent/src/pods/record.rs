@@ -9,7 +9,7 @@ use prost::Message;
 use super::{
     backoff::Backoff,
     container::{Container, ImageStep, State},
-    machine::{Life, Machine},
+    machine::{Life, Machine, Pause},
     system_time, timestamp,
 };
 
@@ -89,6 +89,8 @@ impl PodRecord {
             machine.life = Life::Ended;
         } else if !self.sandbox_id.is_empty() {
             machine.life = Life::Launching;
+            // Whether it does stand still is found out with the sandbox.
+            machine.pause = status.paused_at.map(|at| Pause::new(system_time(at), true));
         }
         for ((container, record), status) in machine
             .containers

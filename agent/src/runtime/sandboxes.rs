@@ -161,6 +161,21 @@ impl Sandbox for MicroVm {
         exit(self.sandbox.wait().await)
     }
 
+    async fn pause(&self) -> Result<(), SandboxError> {
+        self.sandbox.pause().await.map_err(|error| SandboxError(chain(&error)))
+    }
+
+    async fn resume(&self) -> Result<(), SandboxError> {
+        self.sandbox.resume().await.map_err(|error| SandboxError(chain(&error)))
+    }
+
+    async fn is_paused(&self) -> Result<bool, SandboxError> {
+        self.sandbox
+            .is_paused()
+            .await
+            .map_err(|error| SandboxError(chain(&error)))
+    }
+
     async fn kill(&self) {
         self.sandbox.kill();
     }

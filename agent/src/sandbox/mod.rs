@@ -31,7 +31,7 @@ use std::{collections::HashMap, io, net::Ipv4Addr, os::fd::OwnedFd, path::PathBu
 
 use flint_api::{
     guest::{Dns, HostAlias, guest_client::GuestClient},
-    vmm::{ExitReason, RateLimit, State},
+    vmm::{self, ExitReason, RateLimit, State, request::Command, state::Phase},
 };
 use thiserror::Error;
 use tokio::sync::watch;
@@ -182,6 +182,27 @@ impl Sandbox {
     /// Ends it without asking the guest. Returns at once; [`wait`](Sandbox::wait) says when it is done.
     pub fn kill(&self) {
         self.0.end.kill();
+    }
+
+    /// Has its vCPUs and devices stand still; nothing happens to one that does. Not to be called twice at a time.
+    pub async fn pause(&self) -> Result<(), SandboxError> {
+        if !self.is_paused().await? {
+            self.0.control.command(Command::Pause(vmm::Pause {}), &[]).await?;
+        }
+        Ok(())
+    }
+
+    /// Has it go on where it stood; nothing happens to one that runs. Not to be called twice at a time.
+    pub async fn resume(&self) -> Result<(), SandboxError> {
+        if self.is_paused().await? {
+            self.0.control.command(Command::Resume(vmm::Resume {}), &[]).await?;
+        }
+        Ok(())
+    }
+
+    /// Whether it stands still.
+    pub async fn is_paused(&self) -> Result<bool, SandboxError> {
+        Ok(self.state().await?.phase() == Phase::Paused)
     }
 
     /// Phase and counters, from the VMM.

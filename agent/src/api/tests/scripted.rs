@@ -5,7 +5,7 @@ use std::{
     path::PathBuf,
     sync::{
         Arc, Mutex,
-        atomic::{AtomicU32, Ordering},
+        atomic::{AtomicBool, AtomicU32, Ordering},
     },
 };
 
@@ -49,6 +49,10 @@ pub(super) struct ScriptedGuest {
     containers: Arc<watch::Sender<BTreeMap<String, Container>>>,
     created: Arc<Mutex<Vec<guest::CreateContainerRequest>>>,
     end: Arc<watch::Sender<Option<SandboxExit>>>,
+    /// Whether it stands still: a call waits for it to go on.
+    paused: Arc<watch::Sender<bool>>,
+    restless: Arc<AtomicBool>,
+    signals: Arc<Mutex<Vec<u32>>>,
     failures: Arc<AtomicU32>,
 }
 
@@ -91,15 +95,37 @@ impl ScriptedGuest {
         }));
     }
 
+    pub(super) fn is_paused(&self) -> bool {
+        *self.paused.borrow()
+    }
+
+    /// It cannot be paused any more.
+    pub(super) fn refuse_pauses(&self) {
+        self.restless.store(true, Ordering::Relaxed);
+    }
+
+    /// What containers were sent, oldest first.
+    pub(super) fn signals(&self) -> Vec<u32> {
+        self.signals.lock().unwrap().clone()
+    }
+
+    /// Waits until the guest runs.
+    async fn goes(&self) {
+        let mut news = self.paused.subscribe();
+        news.wait_for(|paused| !paused).await.unwrap();
+    }
+
     pub(super) fn created(&self) -> Vec<guest::CreateContainerRequest> {
         self.created.lock().unwrap().clone()
     }
 
     /// Waits until the container fulfils a condition.
     async fn until(&self, id: &str, condition: impl Fn(&Container) -> bool) -> Result<Container, Status> {
+        self.goes().await;
         let mut news = self.containers.subscribe();
         let all = news.wait_for(|all| all.get(id).is_none_or(&condition)).await;
         let found = all.map_err(|_| Status::unavailable("gone"))?.get(id).cloned();
+        self.goes().await;
         found.ok_or_else(|| Status::not_found(format!("no container {id}")))
     }
 }
@@ -124,6 +150,7 @@ impl Guest for ScriptedGuest {
         &self,
         _: Request<guest::MountImageRequest>,
     ) -> Result<Response<guest::MountImageResponse>, Status> {
+        self.goes().await;
         Ok(Response::new(Default::default()))
     }
     async fn create_container(
@@ -149,7 +176,9 @@ impl Guest for ScriptedGuest {
         &self,
         request: Request<guest::SignalContainerRequest>,
     ) -> Result<Response<guest::SignalContainerResponse>, Status> {
+        self.goes().await;
         let request = request.into_inner();
+        self.signals.lock().unwrap().push(request.signal);
         self.exit(&request.container_id, 128 + request.signal);
         Ok(Response::new(Default::default()))
     }
@@ -174,6 +203,7 @@ impl Guest for ScriptedGuest {
         &self,
         _: Request<guest::ListContainersRequest>,
     ) -> Result<Response<guest::ListContainersResponse>, Status> {
+        self.goes().await;
         let all = self.containers.borrow().clone();
         let status = |(id, container): (String, Container)| guest::ContainerStatus {
             container_id: id,
@@ -293,6 +323,20 @@ impl Sandbox for ScriptedSandbox {
     async fn exited(&self) -> SandboxExit {
         let mut end = self.guest.end.subscribe();
         end.wait_for(Option::is_some).await.unwrap().clone().unwrap()
+    }
+    async fn pause(&self) -> Result<(), SandboxError> {
+        if self.guest.restless.load(Ordering::Relaxed) {
+            return Err(SandboxError("a disk does not come to rest".into()));
+        }
+        self.guest.paused.send_replace(true);
+        Ok(())
+    }
+    async fn resume(&self) -> Result<(), SandboxError> {
+        self.guest.paused.send_replace(false);
+        Ok(())
+    }
+    async fn is_paused(&self) -> Result<bool, SandboxError> {
+        Ok(self.guest.is_paused())
     }
     async fn kill(&self) {
         self.guest.die(ExitReason::Killed);

@@ -20,6 +20,7 @@ mod logs;
 mod output;
 mod pods;
 mod run;
+mod standstill;
 mod target;
 mod terminal;
 mod timeline;
@@ -76,6 +77,10 @@ enum Command {
     Logs(logs::Logs),
     /// Run a program in a running container.
     Exec(exec::Exec),
+    /// Have pods stand still.
+    Pause(standstill::Pause),
+    /// Have paused pods go on.
+    Resume(standstill::Resume),
     /// End pods: TERM, the grace period, KILL.
     Stop(pods::Stop),
     /// Remove ended pods with their logs.
@@ -125,6 +130,8 @@ async fn dispatch(flint: Flint, format: Format) -> Result<u8, Failure> {
         Command::Ps(ps) => ps.execute(connect().await?, format).await,
         Command::Logs(logs) => logs.execute(connect().await?, format).await,
         Command::Exec(exec) => exec.execute(connect().await?).await,
+        Command::Pause(pause) => pause.execute(connect().await?, format).await,
+        Command::Resume(resume) => resume.execute(connect().await?, format).await,
         Command::Stop(stop) => stop.execute(connect().await?).await,
         Command::Rm(rm) => rm.execute(connect().await?).await,
         Command::Timeline(timeline) => timeline.execute(connect().await?, format).await,

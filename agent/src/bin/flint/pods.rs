@@ -67,6 +67,9 @@ pub fn condition(pod: &Pod) -> String {
     if status.terminating && !is_over(pod) {
         return "Terminating".into();
     }
+    if status.paused_at.is_some() {
+        return "Paused".into();
+    }
     if !status.reason.is_empty() {
         return status.reason;
     }
