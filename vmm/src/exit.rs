@@ -9,7 +9,7 @@
 //! | `KVM_ERROR`    | KVM_RUN failed, or KVM_EXIT_INTERNAL_ERROR, FAIL_ENTRY, or an exit nobody asked for | 69 |
 //! | `VMM_ERROR`    | a thread of the VMM ended that must not, or the control loop failed              | 70 |
 //! | `STOPPED`      | `Stop` came over the control connection                                          | 71 |
-//! | `MEMORY_LOST`  | KVM_RUN gave EFAULT, or a thread of the VMM got SIGBUS: a page cannot be had any more | 74 |
+//! | `MEMORY_LOST`  | KVM_RUN gave EFAULT, or a thread of the VMM got SIGBUS: a page cannot be had any more; or the page server said so, or has gone | 74 |
 //!
 //! `SECCOMP` and `KILLED` are seen from outside only. The first reason wins: a guest that panics and then reboots has
 //! panicked. A guest that halts (HLT with interrupts off) has not ended: it sleeps inside KVM until it is stopped.
@@ -142,6 +142,18 @@ pub fn on_lost_memory(exit_file: BorrowedFd<'_>) -> io::Result<()> {
     // Set already: by an earlier call, with the same words.
     let _ = LAST_WORDS.set(words);
     register_signal_handler(libc::SIGBUS, end).map_err(Into::into)
+}
+
+/// Ends the process then and there, with its last word in the exit file: for a thread that cannot wait for the control thread,
+/// which may be waiting for what has just been found lost.
+pub fn end_now(exit: &Exit) -> ! {
+    let message = exit.to_message().encode_to_vec();
+    if let Some(words) = LAST_WORDS.get() {
+        // SAFETY: the buffer is a whole vector.
+        unsafe { libc::write(words.exit_file, message.as_ptr().cast(), message.len()) };
+    }
+    // SAFETY: does not return; what other threads are in the middle of ends with the process.
+    unsafe { libc::_exit(exit.code()) };
 }
 
 /// What people read of lost memory.

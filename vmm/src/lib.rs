@@ -19,6 +19,7 @@ pub mod exit;
 pub mod jail;
 pub mod machine;
 pub mod memory;
+pub mod pages;
 pub mod platform;
 pub mod ports;
 pub mod snapshot;

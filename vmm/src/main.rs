@@ -12,8 +12,9 @@ use flint_vmm::control::{End, Server, commands};
 use flint_vmm::dial;
 use flint_vmm::exit::{Exit, ExitLatch, on_lost_memory};
 use flint_vmm::jail::{self, Confine, Placed};
-use flint_vmm::machine::Shell;
+use flint_vmm::machine::{HostFiles, Shell};
 use flint_vmm::memory::pagemap::Pagemap;
+use flint_vmm::pages::uffd;
 use flint_vmm::vcpu::thread::install_kick;
 use kvm_ioctls::Kvm;
 use prost::Message;
@@ -116,6 +117,8 @@ fn descriptors(arguments: &Arguments) -> Result<(OwnedFd, File), Error> {
 fn run(arguments: &Arguments, listener: OwnedFd, born: Instant) -> Result<Option<End>, Error> {
     let host = |what| move |source| Error::Host { what, source };
     let kvm = Kvm::new().map_err(Error::Kvm)?;
+    // Not on every host, and not for every machine: who needs it says that it is missing.
+    let uffd = File::options().read(true).write(true).open(uffd::DEVICE).ok();
     let (ready, pagemap) = if arguments.no_jail {
         let pagemap = Pagemap::of_this_process().map_err(host("opening /proc/self/pagemap"))?;
         (None, pagemap)
@@ -142,7 +145,12 @@ fn run(arguments: &Arguments, listener: OwnedFd, born: Instant) -> Result<Option
     };
     let server = Server::new(listener, exit.clone(), dials, confine.clone(), born)
         .map_err(host("serving the control socket"))?;
-    Ok(Some(server.serve(Shell::new(kvm, pagemap, exit, confine, dialer))))
+    Ok(Some(server.serve(Shell::new(
+        HostFiles { kvm, pagemap, uffd },
+        exit,
+        confine,
+        dialer,
+    ))))
 }
 
 /// Leaves the last word in the exit file, and the process.

@@ -287,6 +287,7 @@ fn steps_out_of_order_are_refused_and_a_clone_is_claimed_once() {
     assert_eq!(vmm.refused(claimed.clone(), &[]).0, Code::WrongPhase);
     let shape = ReserveMachine {
         machine: Some(machine(1, MEMORY)),
+        paged: false,
     };
     vmm.ok(Command::ReserveMachine(shape.clone()), &[]);
     assert_eq!(vmm.phase(), state::Phase::Reserved);

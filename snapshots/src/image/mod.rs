@@ -8,6 +8,8 @@ mod place;
 mod tests;
 mod tree;
 
+use std::collections::HashMap;
+
 use place::Placer;
 pub use tree::Misfit;
 use tree::{InodeId, Kind, ROOT, Tree};
@@ -33,6 +35,29 @@ pub struct Image {
 }
 
 impl Image {
+    /// A device without a file system: chunks that lie whole at these offsets, in rising order and without overlap; all the rest
+    /// is zeros. `size` is a multiple of 4096. This is how a memory file lies in the store.
+    pub fn of_pieces(size: u64, pieces: &[(u64, Chunk)]) -> Self {
+        let mut numbers = HashMap::new();
+        let mut chunks = Vec::new();
+        let extents = pieces.iter().map(|(device_offset, chunk)| DeviceExtent {
+            device_offset: *device_offset,
+            chunk: *numbers.entry(chunk.id).or_insert_with(|| {
+                chunks.push(*chunk);
+                // A table has no room for 2^32 chunks, which is told when it is built.
+                u32::try_from(chunks.len() - 1).unwrap_or(u32::MAX)
+            }),
+            offset: 0,
+            len: chunk.len,
+        });
+        Self {
+            metadata: Vec::new(),
+            size,
+            extents: extents.collect(),
+            chunks,
+        }
+    }
+
     /// The device's length in bytes: a multiple of 4096.
     pub fn size(&self) -> u64 {
         self.size

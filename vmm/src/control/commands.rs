@@ -11,7 +11,8 @@ use flint_api::vmm::error::Code;
 use flint_api::vmm::request::Command;
 use flint_api::vmm::state::Phase as WirePhase;
 use flint_api::vmm::{
-    self, BindDisk, BindNet, Claim, ClaimDisk, CreateMachine, LoadKernel, MemoryState, SaveSnapshot, bind_disk,
+    self, BindDisk, BindNet, Claim, ClaimDisk, CreateMachine, LoadKernel, LoadSnapshot, MemoryState, SaveSnapshot,
+    bind_disk,
 };
 use flint_snapshots::device::ImageDevice;
 use nix::sys::socket::{UnixAddr, getsockname, getsockopt, sockopt};
@@ -19,10 +20,12 @@ use nix::sys::socket::{UnixAddr, getsockname, getsockopt, sockopt};
 use crate::boot;
 use crate::jail::ThreadsFor;
 use crate::machine::config::Config;
-use crate::machine::snapshot::{Report, SaveRequest};
+use crate::machine::snapshot::{LoadRequest, Report, SaveRequest};
 use crate::machine::{self, Created, Machine, Parked, Paused, Reserved, Running, Saving, Shell, Step};
+use crate::memory;
 use crate::memory::file::Id;
 use crate::memory::mapped::MAX_BASES;
+use crate::memory::paged::{self, nonblocking};
 use crate::virtio::DeviceError;
 use crate::virtio::block::{BlockResource, ImageSource};
 use crate::virtio::net::{NetResource, Tap};
@@ -99,6 +102,7 @@ impl From<machine::Error> for Failure {
             } => Code::Invalid,
             E::NoKernel => Code::WrongPhase,
             E::Passport(_) => Code::Unsupported,
+            E::Memory(memory::Error::Paged(paged::Error::NotPaged)) => Code::Invalid,
             E::Shape { .. } | E::NoBase { .. } | E::InUse(_) | E::Unwritable(_) => Code::Invalid,
             E::Snapshot(_)
             | E::Generation(_)
@@ -148,8 +152,8 @@ impl Phase {
             Command::Pause(_) => self.pause(),
             Command::Resume(_) => self.resume(),
             Command::Stop(_) => (self, Ok(Answer::Stop)),
-            Command::ReserveMachine(message) => self.reserve(message.machine.unwrap_or_default()),
-            Command::LoadSnapshot(_) => self.load_snapshot(fds),
+            Command::ReserveMachine(message) => self.reserve(message.machine.unwrap_or_default(), message.paged),
+            Command::LoadSnapshot(message) => self.load_snapshot(&message, fds),
             Command::Claim(message) => self.claim(&message, fds),
             Command::SaveSnapshot(message) => self.save_snapshot(&message, fds),
             Command::GetState(_) => {
@@ -173,7 +177,7 @@ impl Phase {
         }
     }
 
-    fn reserve(self, message: CreateMachine) -> Outcome {
+    fn reserve(self, message: CreateMachine, paged: bool) -> Outcome {
         let Self::Shell(shell) = self else {
             return self.wrong("ReserveMachine", "before there is a machine");
         };
@@ -181,23 +185,19 @@ impl Phase {
             Ok(config) => config,
             Err(error) => return (Self::Shell(shell), Err(Failure::of(Code::Invalid, &error))),
         };
-        match shell.reserve(&config) {
+        match shell.reserve(&config, paged) {
             Ok(reserved) => (Self::Reserved(reserved), Ok(Answer::Ok)),
             Err((shell, error)) => (Self::Shell(shell), Err(error.into())),
         }
     }
 
-    fn load_snapshot(self, fds: Fds) -> Outcome {
+    fn load_snapshot(self, message: &LoadSnapshot, fds: Fds) -> Outcome {
         let Self::Reserved(reserved) = self else {
             return self.wrong("LoadSnapshot", "after ReserveMachine");
         };
-        let mut files = fds.0.into_iter().map(File::from);
-        let outcome = match files.next() {
-            Some(state) => reserved
-                .load(&state, files.collect())
-                .map_err(|(it, error)| (it, error.into())),
-            // Fds::check counted them.
-            None => Err((reserved, Failure::invalid("LoadSnapshot without a state file"))),
+        let outcome = match load_request(message, fds) {
+            Ok(request) => reserved.load(request).map_err(|(it, error)| (it, error.into())),
+            Err(failure) => Err((reserved, failure)),
         };
         match outcome {
             Ok(parked) => (Self::Parked(parked), Ok(Answer::Ok)),
@@ -374,6 +374,18 @@ impl Phase {
     }
 }
 
+fn load_request(message: &LoadSnapshot, mut fds: Fds) -> Result<LoadRequest, Failure> {
+    let socket = message.paged.then(|| fds.0.pop()).flatten();
+    let server = socket.map(nonblocking).transpose();
+    let server = server.map_err(|error| Failure::of(Code::Resource, &error))?;
+    let mut files = fds.0.into_iter().map(File::from);
+    // Fds::check counted them.
+    let state = files.next();
+    let state = state.ok_or_else(|| Failure::invalid("LoadSnapshot without a state file"))?;
+    let memory = files.collect();
+    Ok(LoadRequest { state, memory, server })
+}
+
 fn save_request(message: &SaveSnapshot, fds: Fds) -> Result<SaveRequest, Failure> {
     let base = match &message.base[..] {
         [] => None,
@@ -406,6 +418,7 @@ impl Fds {
             Command::BindNet(_) => ("BindNet", 1, 1),
             Command::BindVsock(_) => ("BindVsock", 1, 1),
             Command::BindSerial(_) => ("BindSerial", 1, 1),
+            Command::LoadSnapshot(message) if message.paged => ("LoadSnapshot of paged memory", 3, 3 + MAX_BASES),
             Command::LoadSnapshot(_) => ("LoadSnapshot", 2, 2 + MAX_BASES),
             Command::SaveSnapshot(_) => ("SaveSnapshot", 2, 2),
             Command::Claim(message) => {

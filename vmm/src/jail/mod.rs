@@ -111,6 +111,12 @@ impl Confine {
         }
     }
 
+    /// What the thread does first that listens to a page server.
+    pub fn watcher(&self) -> impl FnOnce() -> io::Result<()> + Send + 'static {
+        let confine = self.clone();
+        move || confine.apply(Kind::Watcher)
+    }
+
     /// What a vCPU's thread does when it has loaded its state.
     pub fn narrow_vcpu(&self) -> impl FnOnce() -> io::Result<()> + Send + 'static {
         self.vcpu(ThreadsFor::Boot)

@@ -5,7 +5,7 @@
 //!                 |  \-- ReserveMachine --> Loader -- LoadSnapshot ------^          (a thread inherits its maker's)
 //!                 |  starts
 //!                 +--> vCPU threads: Vcpu, or VcpuLoader -- LoadSnapshot --> Vcpu
-//!                 +--> device threads: Device(kind)
+//!                 +--> device threads: Device(kind); of a machine reserved as paged, Watcher
 //! ```
 
 use std::collections::BTreeMap;
@@ -41,18 +41,21 @@ pub enum Kind {
     VcpuLoader,
     /// A vCPU's.
     Vcpu,
+    /// That which listens to the page server.
+    Watcher,
     /// A device's.
     Device(ThreadKind),
 }
 
 impl Kind {
     /// All kinds.
-    pub const ALL: [Self; 11] = [
+    pub const ALL: [Self; 12] = [
         Self::Setup,
         Self::Loader,
         Self::Control,
         Self::VcpuLoader,
         Self::Vcpu,
+        Self::Watcher,
         Self::Device(ThreadKind::Block),
         Self::Device(ThreadKind::Net),
         Self::Device(ThreadKind::Vsock),
@@ -213,6 +216,15 @@ const KVM_LOAD: &[u64] = &[
 /// TUNSETVNETHDRSZ, FIONBIO.
 const BINDING: &[u64] = &[0x1272, 0x1268, 0x54d2, 0x54cf, 0x54d0, 0x54d8, 0x5421];
 
+/// Hearing of faults in guest memory: USERFAULTFD_IOC_NEW and UFFDIO_REGISTER, which have the same number, and UFFDIO_API.
+const PAGING: &[u64] = &[0xaa00, 0xaa3f];
+
+/// UFFDIO_UNREGISTER.
+const UNPAGING: &[u64] = &[0xaa01];
+
+/// Waiting for the page server.
+const POLL: &[c_long] = &[libc::SYS_poll];
+
 /// TUNSETOFFLOAD.
 const OFFLOADING: &[u64] = &[0x54d0];
 
@@ -281,6 +293,9 @@ fn add(rules: &mut Rules, kind: Kind) -> Result<(), BackendError> {
             add(rules, Kind::Control)?;
             allow(rules, NARROWING);
             ioctls(rules, KVM_LOAD)?;
+            allow(rules, POLL);
+            ioctls(rules, PAGING)?;
+            ioctls(rules, UNPAGING)?;
         }
         Kind::Control => {
             allow(rules, EVENTS);
@@ -294,6 +309,11 @@ fn add(rules: &mut Rules, kind: Kind) -> Result<(), BackendError> {
             ioctls(rules, KVM_VCPU_LOAD)?;
         }
         Kind::Vcpu => ioctls(rules, KVM_VCPU)?,
+        Kind::Watcher => {
+            allow(rules, POLL);
+            allow(rules, &[libc::SYS_recvmsg]);
+            ioctls(rules, UNPAGING)?;
+        }
         Kind::Device(ThreadKind::Block) => {
             allow(rules, EVENTS);
             allow(rules, BLOCK);

@@ -20,19 +20,31 @@ use kvm_ioctls::Kvm;
 
 use super::config::Config;
 use super::saving::{Live, Next};
-use super::snapshot::{Report, SaveRequest, Time};
-use super::{Error, Machine};
+use super::snapshot::{LoadRequest, Report, SaveRequest, Time};
+use super::{Error, Machine, host};
 use crate::acpi;
 use crate::boot::{self, Entry};
 use crate::dial::Dialer;
 use crate::exit::ExitLatch;
 use crate::jail::{Confine, ThreadsFor};
+use crate::memory::paged::Watcher;
 use crate::memory::pagemap::Pagemap;
+
+/// What was opened of the host before the jail.
+pub struct HostFiles {
+    /// KVM.
+    pub kvm: Kvm,
+    /// This process's page tables.
+    pub pagemap: Pagemap,
+    /// The userfaultfd device, if there is one for us.
+    pub uffd: Option<File>,
+}
 
 /// Before a machine is asked for.
 pub struct Shell {
     pub(super) kvm: Kvm,
     pub(super) pagemap: Arc<Pagemap>,
+    pub(super) uffd: Option<File>,
     pub(super) exit: ExitLatch,
     pub(super) confine: Confine,
     pub(super) dialer: Dialer,
@@ -48,6 +60,13 @@ pub struct Created {
 pub struct Reserved {
     machine: Machine,
     confine: Confine,
+    paging: Option<Paging>,
+}
+
+/// What a machine needs whose memory comes from a page server.
+pub(super) struct Paging {
+    pub(super) device: Option<File>,
+    pub(super) watcher: Watcher,
 }
 
 /// A snapshot is loaded: memory is mapped and all state set but for the time, which stands still.
@@ -85,10 +104,11 @@ pub struct Paused {
 impl Shell {
     /// A process that can make one machine.
     #[must_use]
-    pub fn new(kvm: Kvm, pagemap: Pagemap, exit: ExitLatch, confine: Confine, dialer: Dialer) -> Self {
+    pub fn new(host: HostFiles, exit: ExitLatch, confine: Confine, dialer: Dialer) -> Self {
         Self {
-            kvm,
-            pagemap: Arc::new(pagemap),
+            kvm: host.kvm,
+            pagemap: Arc::new(host.pagemap),
+            uffd: host.uffd,
             exit,
             confine,
             dialer,
@@ -110,11 +130,19 @@ impl Shell {
     ///
     /// # Errors
     /// As [`Self::create`].
-    pub fn reserve(self, config: &Config) -> Result<Reserved, (Self, Error)> {
-        match Machine::new(&self, config, ThreadsFor::Restore) {
-            Ok(machine) => Ok(Reserved {
+    pub fn reserve(self, config: &Config, paged: bool) -> Result<Reserved, (Self, Error)> {
+        let watcher = paged.then(|| Watcher::spawn(self.confine.watcher()));
+        let watcher = watcher
+            .transpose()
+            .map_err(host("starting the thread that listens to a page server"));
+        match watcher.and_then(|watcher| Ok((watcher, Machine::new(&self, config, ThreadsFor::Restore)?))) {
+            Ok((watcher, machine)) => Ok(Reserved {
                 machine,
                 confine: self.confine,
+                paging: watcher.map(|watcher| Paging {
+                    device: self.uffd,
+                    watcher,
+                }),
             }),
             Err(error) => Err((self, error)),
         }
@@ -153,13 +181,13 @@ impl Created {
 }
 
 impl Reserved {
-    /// Loads a snapshot: its own memory file, then those of its bases.
+    /// Loads a snapshot.
     ///
     /// # Errors
     /// It cannot be read, is another host's or another machine's, or KVM refuses what is in it. Nothing has run, and
     /// another one can be loaded.
-    pub fn load(self, state: &File, memory: Vec<File>) -> Result<Parked, (Self, Error)> {
-        let loaded = self.machine.load(state, memory);
+    pub fn load(self, request: LoadRequest) -> Result<Parked, (Self, Error)> {
+        let loaded = self.machine.load(request, self.paging.as_ref());
         let narrowed = loaded.and_then(|time| {
             self.machine.narrow_vcpus(&self.confine)?;
             Ok(time)

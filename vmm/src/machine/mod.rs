@@ -23,7 +23,7 @@ use thiserror::Error;
 
 use self::config::Config;
 use self::devices::{AnyDevice, Builder, Slot};
-pub use self::life::{Created, Parked, Paused, Reserved, Running, Saving, Shell, Step};
+pub use self::life::{Created, HostFiles, Parked, Paused, Reserved, Running, Saving, Shell, Step};
 pub use self::parts::create_vm;
 use crate::acpi::{self, VirtioWindow};
 use crate::boot::{self, Entry};

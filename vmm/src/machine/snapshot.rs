@@ -5,6 +5,7 @@
 
 use std::fs::File;
 use std::io;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -12,12 +13,14 @@ use flint_api::vmm::{CreateMachine, ExitReason};
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
+use super::life::Paging;
 use super::{Error, Machine, chipset, host, named};
 use crate::control::commands;
 use crate::exit::Exit;
 use crate::jail::Confine;
 use crate::memory::file::{self, Difference, Id, MAX_RUNS, Trailer};
 use crate::memory::mapped::MappedFiles;
+use crate::memory::paged::PagedFiles;
 use crate::memory::pages::{PAGE, Pages};
 use crate::memory::writer::{Over, Writer};
 use crate::memory::{self, HOTPLUG_START, MemorySource, Range, Region};
@@ -34,6 +37,17 @@ pub struct Time {
     vcpus: Vec<VcpuTime>,
     /// What the vCPUs go on with.
     going_on: Vec<VcpuTime>,
+}
+
+/// What is to be loaded.
+#[derive(Debug)]
+pub struct LoadRequest {
+    /// The state file.
+    pub state: File,
+    /// Its memory file, then those of its bases.
+    pub memory: Vec<File>,
+    /// A connection to whoever fills the last memory file.
+    pub server: Option<OwnedFd>,
 }
 
 /// What a save is asked for.
@@ -272,15 +286,23 @@ impl Machine {
     }
 
     /// Loads a snapshot into a machine that has not run.
-    pub(super) fn load(&self, state: &File, memory: Vec<File>) -> Result<Time, Error> {
-        let snapshot = Snapshot::read(state)?;
+    pub(super) fn load(&self, request: LoadRequest, paging: Option<&Paging>) -> Result<Time, Error> {
+        let LoadRequest { state, memory, server } = request;
+        let snapshot = Snapshot::read(&state)?;
         let khz = self.host.check(&snapshot.passport)?;
         self.fits(&snapshot)?;
         let ids = snapshot.machine.files(snapshot.id)?;
-        let source = MappedFiles::open(memory, ids, memory::size(&self.memory)).map_err(memory::Error::File)?;
+        let files = MappedFiles::open(memory, ids, memory::size(&self.memory)).map_err(memory::Error::File)?;
+        let source: Arc<dyn MemorySource> = match server {
+            None => Arc::new(files),
+            Some(socket) => {
+                let (device, watcher) = (paging.and_then(|it| it.device.as_ref()), paging.map(|it| &it.watcher));
+                Arc::new(PagedFiles::new(files, socket, device, watcher).map_err(memory::Error::Paged)?)
+            }
+        };
         source.fill(&self.memory)?;
         let time = self.set(snapshot, khz)?;
-        *lock(&self.source) = Arc::new(source);
+        *lock(&self.source) = source;
         Ok(time)
     }
 

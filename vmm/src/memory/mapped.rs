@@ -74,16 +74,41 @@ impl MappedFiles {
         Ok(Self { layers, ids, size })
     }
 
-    fn map_all(layer: &Layer, reserved: &GuestMemory) -> Result<(), super::Error> {
-        for (first, region) in numbered(reserved) {
+    /// Maps the full file: the `whole` of it, or without regions that are one hole.
+    ///
+    /// # Errors
+    /// It is no file for this memory, or the host refuses.
+    pub fn map_base(&self, reserved: &GuestMemory, whole: bool) -> Result<(), super::Error> {
+        let expected = size(reserved);
+        if expected != self.size {
+            let found = self.size;
+            return Err(Error::Length { expected, found }.into());
+        }
+        let full = self.layers.iter().filter(|layer| layer.pages.is_none());
+        for (layer, (first, region)) in full.flat_map(|layer| numbered(reserved).map(move |it| (layer, it))) {
             let pages = first..first + region.len() / PAGE;
-            let plugged = region.start_addr() < GuestAddress(HOTPLUG_START)
-                || next_data(&layer.file, pages.start * PAGE, pages.end * PAGE).is_some();
-            if plugged {
+            let boot = region.start_addr() < GuestAddress(HOTPLUG_START);
+            if whole || boot || has_data(&layer.file, pages.start * PAGE, pages.end * PAGE) {
                 map(&layer.file, region, first, &pages)?;
             }
         }
         Ok(())
+    }
+
+    /// Maps differences over what is there.
+    ///
+    /// # Errors
+    /// The host refuses.
+    pub fn map_differences(&self, reserved: &GuestMemory) -> Result<(), super::Error> {
+        let differences = self.layers.iter().rev();
+        let mut differences = differences.filter_map(|layer| Some((layer, layer.pages.as_ref()?)));
+        differences.try_for_each(|(layer, pages)| Self::map_some(layer, pages, reserved))
+    }
+
+    /// All pages of guest memory.
+    #[must_use]
+    pub fn all(&self) -> Pages {
+        Pages::run(0..self.size / PAGE)
     }
 
     fn map_some(layer: &Layer, pages: &Pages, reserved: &GuestMemory) -> Result<(), super::Error> {
@@ -102,18 +127,8 @@ impl MappedFiles {
 
 impl MemorySource for MappedFiles {
     fn fill(&self, reserved: &GuestMemory) -> Result<(), super::Error> {
-        let expected = size(reserved);
-        if expected != self.size {
-            let found = self.size;
-            return Err(Error::Length { expected, found }.into());
-        }
-        for layer in self.layers.iter().rev() {
-            match &layer.pages {
-                None => Self::map_all(layer, reserved)?,
-                Some(pages) => Self::map_some(layer, pages, reserved)?,
-            }
-        }
-        Ok(())
+        self.map_base(reserved, false)?;
+        self.map_differences(reserved)
     }
 
     fn snapshots(&self) -> &[Id] {
@@ -186,6 +201,11 @@ fn data(file: &File, end: u64) -> Pages {
         at = hole.next_multiple_of(PAGE);
     }
     pages
+}
+
+/// Whether the file has something between two offsets.
+pub fn has_data(file: &File, offset: u64, end: u64) -> bool {
+    next_data(file, offset, end).is_some()
 }
 
 /// Where, from `offset` to `end`, the file has something.

@@ -22,6 +22,7 @@
 pub mod dirty;
 pub mod file;
 pub mod mapped;
+pub mod paged;
 pub mod pagemap;
 pub mod pages;
 pub mod writer;
@@ -79,6 +80,9 @@ pub enum Error {
     /// A file as memory.
     #[error(transparent)]
     File(#[from] file::Error),
+    /// A page server.
+    #[error(transparent)]
+    Paged(#[from] paged::Error),
     /// More than this host can address.
     #[error("guest memory of {0:#x} bytes is more than this host can address")]
     TooLarge(u64),

@@ -99,6 +99,14 @@ impl Writer {
     }
 }
 
+/// Writes those pages of `bytes` that are not zeros.
+///
+/// # Errors
+/// The host cannot write it.
+pub fn put_pages(file: &File, offset: u64, bytes: &[u8]) -> io::Result<()> {
+    runs(bytes).try_for_each(|run| file.write_all_at(&bytes[run.clone()], offset + run.start as u64))
+}
+
 fn put(file: &File, offset: u64, bytes: &[u8], over: Over) -> Result<u64, Error> {
     let (mut done, mut written) = (0, 0);
     let zeros = |from: usize, to: usize| match over {

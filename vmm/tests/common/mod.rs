@@ -6,6 +6,7 @@ pub mod driver;
 pub mod guest;
 pub mod linux;
 pub mod net;
+pub mod pages;
 pub mod saved;
 
 use std::fs::{self, File};

@@ -67,7 +67,7 @@ impl Saved {
         let mut files = vec![File::open(&self.state).unwrap(), File::open(&self.memory).unwrap()];
         files.extend(bases.iter().map(|base| File::open(&base.memory).unwrap()));
         let fds: Vec<_> = files.iter().map(AsFd::as_fd).collect();
-        let loaded = vmm.call(Command::LoadSnapshot(LoadSnapshot {}), &fds);
+        let loaded = vmm.call(Command::LoadSnapshot(LoadSnapshot::default()), &fds);
         loaded.map(drop)
     }
 
@@ -105,7 +105,7 @@ impl Saved {
 pub fn reserved(machine: CreateMachine) -> Vmm {
     let mut vmm = Vmm::spawn();
     let machine = Some(machine);
-    vmm.ok(Command::ReserveMachine(ReserveMachine { machine }), &[]);
+    vmm.ok(Command::ReserveMachine(ReserveMachine { machine, paged: false }), &[]);
     vmm
 }
 
