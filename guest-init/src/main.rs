@@ -17,6 +17,7 @@ mod container;
 mod error_chain;
 mod exec;
 mod identity;
+mod kernel_log;
 mod output;
 mod paths;
 mod pid1;

@@ -2,7 +2,8 @@
 
 use std::{
     convert::Infallible,
-    io,
+    fs::File,
+    io::{self, Read},
     process::ExitCode,
     sync::Arc,
     time::{Duration, Instant},
@@ -23,10 +24,11 @@ use crate::{
     container::Containers,
     error_chain::chain,
     identity,
+    kernel_log::KernelLog,
     reaper::Reaper,
     server::GuestService,
     storage::Storage,
-    uevent::{Seen, Uevents},
+    uevent::Seen,
 };
 
 /// How long calls in flight may take to be answered once the machine is to go down.
@@ -41,6 +43,8 @@ const STACK: usize = 256 << 10;
 enum Fatal {
     #[error("bringing the machine up")]
     Boot(#[from] BootError),
+    #[error("waiting for random numbers")]
+    Random(#[source] io::Error),
     #[error("starting the event loop")]
     Runtime(#[source] io::Error),
     #[error("listening on vsock port {PORT}")]
@@ -74,6 +78,7 @@ fn power_off() -> nix::Result<Infallible> {
 
 fn run(started: Instant) -> Result<(), Fatal> {
     boot::bring_up()?;
+    wait_for_randomness().map_err(Fatal::Random)?;
     // Ctrl-Alt-Delete becomes SIGINT, which is an orderly end.
     let _ = set_cad_enabled(false);
     let runtime = tokio::runtime::Builder::new_current_thread()
@@ -148,17 +153,19 @@ fn spawn_terminator(service: GuestService, power_off: Arc<Notify>) -> Result<(),
     Ok(())
 }
 
-/// When this machine wakes up as a clone, Linux' vmgenid driver says so: what it was is forgotten, and the host is told that
-/// it may connect. Streams from before are ended by the vsock driver, which the VMM tells on its own.
+/// When this machine wakes up as a clone, Linux' vmgenid driver sees another generation id and has the random number generator take
+/// it up, which says so in the log; there is no event for it. What the machine was is forgotten then, and the host is told that it may
+/// connect. Streams from before are ended by the vsock driver, which the VMM tells on its own.
 fn spawn_rebirth(service: GuestService) {
-    let events = match Uevents::listen() {
-        Ok(events) => events,
+    let log = match KernelLog::listen() {
+        Ok(log) => log,
         // Such a machine cannot be a template; as a pod it is good.
         Err(error) => return eprintln!("flint-init: cannot listen for a new generation id: {error}"),
     };
     tokio::spawn(async move {
-        while let Ok(seen) = events.wait_for("NEW_VMGENID=1").await {
-            // A loss may have held the event. To announce once too often does no harm; to forget the identity of a machine that
+        // add_vmfork_randomness in Linux' drivers/char/random.c.
+        while let Ok(seen) = log.wait_for("crng reseeded due to virtual machine fork").await {
+            // A loss may have held the word. To announce once too often does no harm; to forget the identity of a machine that
             // is none but itself would.
             if seen == Seen::Event {
                 service.forget_identity();
@@ -166,6 +173,12 @@ fn spawn_rebirth(service: GuestService) {
             announce().await;
         }
     });
+}
+
+/// Waits until the random number generator is seeded (random(4)): nothing that runs here is to see it before, and only then does it tell
+/// of a new generation id.
+fn wait_for_randomness() -> io::Result<()> {
+    File::open("/dev/random")?.read_exact(&mut [0])
 }
 
 /// Tells flintd that it may connect: the listener exists by now.

@@ -5,17 +5,13 @@
 //! empty before (`set_capacity_and_notify` in block/genhd.c). But it tells of it in its log, which can be waited for.
 
 use std::{
-    fs::{self, OpenOptions},
-    io::{self, Read, Seek, SeekFrom},
-    os::{fd::OwnedFd, unix::fs::OpenOptionsExt},
+    fs, io,
     path::{Path, PathBuf},
     time::Duration,
 };
 
-use tokio::io::{Interest, unix::AsyncFd};
-
 use super::StorageError;
-use crate::{paths::Name, uevent::Uevents};
+use crate::{kernel_log::KernelLog, paths::Name, uevent::Uevents};
 
 /// How long a disk may take to be probed; on an idle machine it is milliseconds.
 const TIMEOUT: Duration = Duration::from_secs(20);
@@ -28,7 +24,8 @@ pub async fn find_disk(serial: &Name) -> Result<PathBuf, StorageError> {
     };
     // Listening begins before the first look, or a disk that comes between the two would be missed.
     let events = Uevents::listen().map_err(failed)?;
-    let log = KernelLog::from_now_on();
+    // Nothing is ever heard of a kernel that keeps no log: then disks have to be there already.
+    let log = KernelLog::listen().ok();
     let waiting = async {
         loop {
             if let Some(device) = look(Path::new("/sys/block"), serial.as_str())? {
@@ -36,7 +33,7 @@ pub async fn find_disk(serial: &Name) -> Result<PathBuf, StorageError> {
             }
             tokio::select! {
                 event = events.wait_for("SUBSYSTEM=block") => drop(event?),
-                grown = log.grown() => grown?,
+                grown = grown(log.as_ref()) => grown?,
             }
         }
     };
@@ -47,6 +44,14 @@ pub async fn find_disk(serial: &Name) -> Result<PathBuf, StorageError> {
             seconds: TIMEOUT.as_secs(),
             present: serials(Path::new("/sys/block")).map_err(failed)?.join(", "),
         }),
+    }
+}
+
+/// Waits until a disk's capacity has changed, or may have.
+async fn grown(log: Option<&KernelLog>) -> io::Result<()> {
+    match log {
+        Some(log) => log.wait_for("detected capacity change").await.map(drop),
+        None => std::future::pending().await,
     }
 }
 
@@ -64,52 +69,6 @@ fn look(block: &Path, serial: &str) -> io::Result<Option<PathBuf>> {
 /// Whether nothing is on it yet. A disk that does not say is taken for one that has something.
 fn is_empty(disk: &Path) -> bool {
     fs::read_to_string(disk.join("size")).is_ok_and(|sectors| sectors.trim_end() == "0")
-}
-
-/// The kernel's log (Linux' Documentation/ABI/testing/dev-kmsg).
-#[derive(Debug)]
-struct KernelLog(Option<AsyncFd<OwnedFd>>);
-
-impl KernelLog {
-    /// Nothing is ever heard of a kernel that keeps no log: then disks have to be there already.
-    fn from_now_on() -> Self {
-        let open = || {
-            let mut log = OpenOptions::new()
-                .read(true)
-                .custom_flags(libc::O_NONBLOCK)
-                .open("/dev/kmsg")?;
-            log.seek(SeekFrom::End(0))?;
-            crate::sys::async_fd(log.into(), Interest::READABLE)
-        };
-        Self(open().ok())
-    }
-
-    /// Waits until a disk's capacity has changed, or may have.
-    async fn grown(&self) -> io::Result<()> {
-        const MOST: usize = 8192;
-        let Some(log) = &self.0 else {
-            return std::future::pending().await;
-        };
-        let mut reader = fs::File::from(log.get_ref().try_clone()?);
-        let mut message = vec![0; MOST];
-        loop {
-            let mut ready = log.readable().await?;
-            match reader.read(&mut message) {
-                Ok(length) if tells_of_capacity(message.get(..length).unwrap_or_default()) => return Ok(()),
-                Ok(_) => {}
-                Err(error) => match error.raw_os_error() {
-                    Some(libc::EAGAIN) => ready.clear_ready(),
-                    // Messages were overwritten before they were read.
-                    Some(libc::EPIPE) => return Ok(()),
-                    _ => return Err(error),
-                },
-            }
-        }
-    }
-}
-
-fn tells_of_capacity(message: &[u8]) -> bool {
-    String::from_utf8_lossy(message).contains("detected capacity change")
 }
 
 fn serials(block: &Path) -> io::Result<Vec<String>> {
@@ -137,16 +96,6 @@ mod tests {
         assert_eq!(look(block.path(), "scratch").unwrap(), None);
         size("8192\n");
         assert_eq!(look(block.path(), "scratch").unwrap(), Some("/dev/vda".into()));
-    }
-
-    #[test]
-    fn the_kernels_word_for_a_new_capacity_is_understood() {
-        let message =
-            b"5,512,9021340,-;virtio_blk virtio3: [vda] new size: 8192 512-byte logical blocks (4.19 MB/4.00 MiB)\n";
-        assert!(!tells_of_capacity(message), "this comes before the capacity is set");
-        assert!(tells_of_capacity(
-            b"6,513,9021377,-;vda: detected capacity change from 0 to 8192\n"
-        ));
     }
 
     fn disk(folder: &Path, name: &str, serial: Option<&str>) {

@@ -3,7 +3,7 @@
 //!
 //! ```text
 //! renew: write 16 random bytes at GENERATION_PAGE -> interrupt of the event device -> Notify (VGEN, 0x80)
-//!                                                                      Linux: mixes them in, reseeds, uevent NEW_VMGENID=1
+//!                                                                      Linux: mixes them in, reseeds, says so in its log
 //! ```
 //!
 //! A restored machine is renewed before its first instruction, by the VMM itself: nobody can forget it, and nobody else has to
