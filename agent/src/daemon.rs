@@ -40,7 +40,10 @@ use crate::{
         journal::Journal,
     },
     runtime::{MicroVms, StoreImages},
-    sandbox::{Config, Manager, SandboxError},
+    sandbox::{
+        Config, Manager, SandboxError,
+        pool::{self, PoolMetrics},
+    },
     store::{Store, StoreError},
 };
 
@@ -115,6 +118,10 @@ pub struct Options {
     /// Writable disk of a pod that does not say, in MiB; sparse.
     #[arg(long, env = "FLINT_POD_SCRATCH", default_value_t = 4096, value_name = "MIB")]
     pub pod_scratch: u64,
+    /// Clones that are parked for pods to come; 0: every pod's machine is booted. Those fit that say nothing about their size,
+    /// or ask for one vCPU, and for as much memory as those that do not.
+    #[arg(long, env = "FLINT_POOL", default_value_t = 4, value_name = "COUNT")]
+    pub pool: usize,
     /// Addresses of pods; the first one is the host's own.
     #[arg(long, env = "FLINT_POD_RANGE", default_value_t = network::Range::DEFAULT, value_name = "CIDR")]
     pub pod_range: network::Range,
@@ -199,7 +206,8 @@ pub async fn run(options: Options) -> Result<JoinHandle<()>, DaemonError> {
     let loaded = store.load()?;
     let images = ImageStore::open(&options.state_dir.join("images"), ImageStoreOptions::default()).await;
     let images = images.map_err(|error| DaemonError::Images(Box::new(error)))?;
-    let manager = Manager::new(sandboxes(&options)).await?;
+    let metrics = Arc::new(Metrics::new());
+    let manager = Manager::new(sandboxes(&options, metrics.pool.clone())).await?;
     for warning in manager.warnings() {
         warn!("{warning}");
     }
@@ -214,7 +222,7 @@ pub async fn run(options: Options) -> Result<JoinHandle<()>, DaemonError> {
         describe(&options.state_dir, reserve).map_err(|error| DaemonError::Process("describe this host", error))?;
     let control = Arc::new(HostControl::new(journal.clone(), loaded.host.clone()));
     let allocatable = info.allocatable.unwrap_or_default();
-    let metrics = Arc::new(Metrics::new());
+    let drain_pool = manager.pool().drainer();
     let context = Arc::new(Context {
         sandboxes: Arc::new(MicroVms::new(manager, images.clone())),
         images: Arc::new(StoreImages::new(images)),
@@ -238,12 +246,14 @@ pub async fn run(options: Options) -> Result<JoinHandle<()>, DaemonError> {
     }
     .routes()
     .await?;
-    serve(&options, &pods, routes, metrics).await?;
+    let served = serve(&options, &pods, routes, metrics).await;
+    drain_pool.await;
+    served?;
     info!("stopped");
     Ok(journal_thread)
 }
 
-fn sandboxes(options: &Options) -> Config {
+fn sandboxes(options: &Options, pool_metrics: PoolMetrics) -> Config {
     let mut config = Config::new(
         options.run_dir.clone(),
         options.state_dir.clone(),
@@ -252,6 +262,14 @@ fn sandboxes(options: &Options) -> Config {
         Some(options.initrd.clone()),
     );
     config.cgroup.clone_from(&options.cgroup);
+    config.pool = pool::Config {
+        size: options.pool,
+        // A pod that says nothing about its size fits.
+        memory_bytes: ((options.pod_memory + options.pod_overhead) * MIB).next_multiple_of(2 * MIB),
+        scratch_bytes: options.pod_scratch * MIB,
+        metrics: pool_metrics,
+        ..pool::Config::default()
+    };
     config.network.range = options.pod_range;
     config.network.bridge.clone_from(&options.bridge);
     config

@@ -13,7 +13,7 @@ use prometheus_client::{
 use tokio::{net::TcpListener, sync::Semaphore};
 use tracing::debug;
 
-use crate::timeline::Timeline;
+use crate::{sandbox::pool::PoolMetrics, timeline::Timeline};
 
 /// Scrapers at a time; a further one waits.
 const CONNECTIONS: usize = 16;
@@ -46,6 +46,8 @@ pub struct Metrics {
     pub memory_allocated: Gauge,
     /// CPU that pods ask for, in thousandths.
     pub cpu_allocated: Gauge,
+    /// Parked clones.
+    pub pool: PoolMetrics,
     pulls: Family<ResultLabel, Counter>,
     sandbox_start: Histogram,
     stages: Family<StageLabel, Histogram, fn() -> Histogram>,
@@ -69,6 +71,7 @@ impl Metrics {
             pods: Gauge::default(),
             memory_allocated: Gauge::default(),
             cpu_allocated: Gauge::default(),
+            pool: PoolMetrics::default(),
             pulls: Family::default(),
             sandbox_start: buckets(),
             stages: Family::new_with_constructor(buckets as fn() -> Histogram),
@@ -106,6 +109,7 @@ impl Metrics {
             Unit::Seconds,
             metrics.stages.clone(),
         );
+        metrics.pool.register(registry);
         metrics
     }
 

@@ -4,7 +4,7 @@
 
 mod sandbox;
 
-use std::{collections::HashSet, fs, path::Path, time::Duration};
+use std::{collections::HashSet, fs, time::Duration};
 
 use flint_api::vmm::{ExitReason, Stop, request::Command};
 use flintd::{
@@ -15,7 +15,7 @@ use nix::{
     sys::{ptrace, signal::Signal, wait::waitpid},
     unistd::Pid,
 };
-use sandbox::{Host, LIMIT, as_daemon, ask, guest, on_a_host, signal, spec, wait_for, wait_there};
+use sandbox::{Host, LIMIT, as_daemon, ask, guest, on_a_host, signal, spec, wait_for, wait_gone, wait_there};
 
 /// A guest that says it runs, and then sleeps.
 fn sleeper() -> Vec<u8> {
@@ -179,17 +179,6 @@ fn a_launch_that_nobody_waits_for_any_more_is_undone() {
         tokio::time::timeout(LIMIT, ended).await.expect("in time").unwrap();
         host.end(manager).await;
     });
-}
-
-fn wait_gone(folder: &Path) {
-    use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
-    let watch = Inotify::init(InitFlags::empty()).unwrap();
-    watch
-        .add_watch(folder.parent().unwrap(), AddWatchFlags::IN_DELETE)
-        .unwrap();
-    while folder.exists() {
-        watch.read_events().unwrap();
-    }
 }
 
 #[test]

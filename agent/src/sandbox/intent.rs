@@ -17,6 +17,7 @@ use std::{
     io::{self, Write},
     net::Ipv4Addr,
     path::{Path, PathBuf},
+    sync::{Arc, PoisonError, RwLock},
 };
 
 use serde::{Deserialize, Serialize};
@@ -35,25 +36,53 @@ pub(super) struct Intent {
     /// Names of the images that it reads, which must not be removed meanwhile.
     #[serde(default)]
     pub images: Vec<String>,
+    /// The name that it was made under, where that is another one: a clone that was parked before it got its id. Its cgroup
+    /// keeps that name, for cgroups cannot be renamed.
+    #[serde(default)]
+    pub parked_as: Option<String>,
 }
 
-/// A sandbox's folder.
+impl Intent {
+    /// Name of its cgroup.
+    pub(super) fn cgroup(&self) -> &str {
+        self.parked_as.as_deref().unwrap_or(&self.id)
+    }
+
+    /// Whether a folder of this name is its own.
+    pub(super) fn may_be_in(&self, folder: &str) -> bool {
+        folder == self.id || folder == self.cgroup()
+    }
+}
+
+/// A sandbox's folder. Clones are the same folder, by whatever name it goes.
 #[derive(Clone, Debug)]
-pub(super) struct Folder(PathBuf);
+pub(super) struct Folder(Arc<RwLock<PathBuf>>);
 
 impl Folder {
     pub(super) fn of(sandboxes: &Path, id: &str) -> Self {
-        Self(sandboxes.join(id))
+        Self(Arc::new(RwLock::new(sandboxes.join(id))))
     }
 
     /// Makes the folder with its intent; an error if it exists, since ids are never used twice.
     pub(super) fn create(sandboxes: &Path, intent: &Intent) -> Result<Self, SandboxError> {
+        let path = sandboxes.join(&intent.id);
+        fs::create_dir(&path).map_err(file_error("make", &path))?;
         let folder = Self::of(sandboxes, &intent.id);
-        fs::create_dir(&folder.0).map_err(file_error("make", &folder.0))?;
         folder.write(intent).inspect_err(|_| {
-            let _ = fs::remove_dir_all(&folder.0);
+            let _ = fs::remove_dir_all(&path);
         })?;
         Ok(folder)
+    }
+
+    /// Gives it to a sandbox: the intent first, so that whoever finds the folder between the two knows whose it was to be.
+    pub(super) fn hand_over(&self, sandboxes: &Path, intent: &Intent) -> Result<(), SandboxError> {
+        self.write(intent)?;
+        let to = sandboxes.join(&intent.id);
+        let mut path = self.0.write().unwrap_or_else(PoisonError::into_inner);
+        // What is there already has an intent in it, and a folder that is not empty is not replaced (rename(2)).
+        fs::rename(&*path, &to).map_err(file_error("name", &to))?;
+        *path = to;
+        Ok(())
     }
 
     fn write(&self, intent: &Intent) -> Result<(), SandboxError> {
@@ -78,14 +107,16 @@ impl Folder {
     }
 
     pub(super) fn path(&self, name: &str) -> PathBuf {
-        self.0.join(name)
+        self.0.read().unwrap_or_else(PoisonError::into_inner).join(name)
     }
 
     /// Removes it. May be repeated.
     pub(super) fn remove(&self) -> Result<(), SandboxError> {
-        match fs::remove_dir_all(&self.0) {
+        // Held, so that it does not get another name meanwhile.
+        let path = self.0.read().unwrap_or_else(PoisonError::into_inner);
+        match fs::remove_dir_all(&*path) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-            other => other.map_err(file_error("remove", &self.0)),
+            other => other.map_err(file_error("remove", &*path)),
         }
     }
 }
@@ -112,6 +143,7 @@ mod tests {
             uid: 70000,
             address: Some(Ipv4Addr::new(10, 88, 0, 2)),
             images: vec!["sha256:1".into()],
+            parked_as: None,
         };
         let folder = Folder::create(run.path(), &intent).unwrap();
         assert_eq!(folder.intent().unwrap(), Some(intent.clone()));
@@ -120,6 +152,34 @@ mod tests {
         folder.remove().unwrap();
         folder.remove().unwrap();
         assert!(list(run.path()).unwrap().is_empty());
+    }
+
+    #[test]
+    fn a_parked_folder_is_handed_over_once_and_all_who_hold_it_find_it() {
+        let run = tempfile::tempdir().unwrap();
+        let intent = |id: &str, parked_as: Option<&str>| Intent {
+            id: id.into(),
+            uid: 70000,
+            address: None,
+            images: Vec::new(),
+            parked_as: parked_as.map(String::from),
+        };
+        let parked = Folder::create(run.path(), &intent("parked-1", None)).unwrap();
+        let other = parked.clone();
+        let of_a = intent("a", Some("parked-1"));
+        parked.hand_over(run.path(), &of_a).unwrap();
+        assert_eq!(list(run.path()).unwrap(), ["a"]);
+        assert_eq!(other.intent().unwrap(), Some(of_a.clone()));
+        assert_eq!(of_a.cgroup(), "parked-1");
+        assert!(of_a.may_be_in("a") && of_a.may_be_in("parked-1") && !of_a.may_be_in("b"));
+
+        let second = Folder::create(run.path(), &intent("parked-2", None)).unwrap();
+        assert!(second.hand_over(run.path(), &of_a).is_err(), "an id is used once");
+        assert_eq!(
+            other.intent().unwrap(),
+            Some(of_a),
+            "the other one's folder is as it was"
+        );
     }
 
     #[test]

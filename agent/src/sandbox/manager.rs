@@ -3,31 +3,29 @@
 use std::{
     collections::HashSet,
     fs,
-    net::Ipv4Addr,
     ops::Range,
-    os::{
-        fd::{AsFd, OwnedFd},
-        unix::fs::DirBuilderExt,
-    },
+    os::{fd::AsFd, unix::fs::DirBuilderExt},
     path::PathBuf,
     sync::Arc,
     time::Duration,
 };
 
-use flint_api::{guest::Interface, vmm::MAX_FDS};
+use flint_api::vmm::MAX_FDS;
 
 use super::{
-    DiskSource, DiskSpec, Inner, Sandbox, SandboxError, SandboxSpec, TakenOver, blocking, file_error,
-    intent::{Folder, Intent},
-    shell::{DiskFds, NetParts, Parts, Ready, Shell, ShellPlan, identity_of, mark_ready},
-    supervisor::{End, Held, explain, supervise},
+    DiskSource, DiskSpec, Sandbox, SandboxError, SandboxSpec, TakenOver, blocking, file_error,
+    intent::Folder,
+    means::{Means, Wish, image_names},
+    pool::{self, Pool},
+    shell::{NetParts, Parts, Ready, Shell, identity_of, mark_ready},
+    supervisor::{End, explain, supervise},
     supplies::{Supplies, Supply},
     takeover::{Home, Left, Unclaimed, end_strays, read_intents},
     uids::Uids,
 };
 use crate::{
     cgroup::{Cgroups, Limits},
-    network::{self, Gate, Lease, Network, Survivor},
+    network::{self, Gate, Network},
     probe::KvmKind,
     process,
     scratch::Scratch,
@@ -42,7 +40,7 @@ const MEMORY_GRANULE: u64 = 2 << 20;
 pub struct Config {
     /// Sandboxes' folders go to `sandboxes` in here, for example `/run/flint`. A tmpfs, so that a reboot forgets them.
     pub run_dir: PathBuf,
-    /// Scratch templates and disks go to `scratch` in here, for example `/var/lib/flint`.
+    /// Scratch disks go to `scratch` in here, the template of clones to `templates`; for example `/var/lib/flint`.
     pub state_dir: PathBuf,
     /// flint-vmm.
     pub vmm: PathBuf,
@@ -60,6 +58,8 @@ pub struct Config {
     pub network: network::Config,
     /// How long a guest may take from its first instruction to its first call.
     pub boot_timeout: Duration,
+    /// Clones that are parked ahead of need.
+    pub pool: pool::Config,
 }
 
 impl Config {
@@ -77,6 +77,7 @@ impl Config {
             cgroup: "flint".into(),
             network: network::Config::default(),
             boot_timeout: Duration::from_secs(120),
+            pool: pool::Config::default(),
         }
     }
 }
@@ -84,13 +85,8 @@ impl Config {
 /// Makes sandboxes. One for each host.
 #[derive(Debug)]
 pub struct Manager {
-    config: Config,
-    supplies: Supplies,
-    sandboxes: PathBuf,
-    cgroups: Cgroups,
-    network: Arc<Network>,
-    scratch: Arc<Scratch>,
-    uids: Uids,
+    means: Arc<Means>,
+    pool: Pool,
     unclaimed: Unclaimed,
 }
 
@@ -105,7 +101,7 @@ struct Begun<'a> {
 
 impl Manager {
     /// Takes over what an earlier flintd left: the VMMs that still run are connected, the others are cleaned up. What starts
-    /// will need is not looked at here, but by [`ready`](Self::ready) and each launch.
+    /// will need is not looked at here, but by [`ready`](Self::ready) and each launch. The pool begins to fill beside it.
     pub async fn new(config: Config) -> Result<Self, SandboxError> {
         process::become_subreaper().map_err(file_error("become the parent of VMMs in", &config.run_dir))?;
         let sandboxes = config.run_dir.join("sandboxes");
@@ -115,7 +111,7 @@ impl Manager {
         let scratch = Arc::new(Scratch::open(config.state_dir.join("scratch"))?);
         let left = read_intents(&sandboxes)?;
         let with_cgroup = cgroups.list()?;
-        let survivors: Vec<_> = left.iter().filter_map(Left::address).map(sending).collect();
+        let survivors: Vec<_> = left.iter().filter_map(Left::survivor).collect();
         // Nothing after this can fail: the network is there only if the manager is.
         let (network, leases) = Network::start(config.network.clone(), &survivors).await?;
         let network = Arc::new(network);
@@ -127,56 +123,74 @@ impl Manager {
             uids: &uids,
         };
         let unclaimed = Unclaimed::take_over(left, leases, home).await;
-        Ok(Self {
+        let means = Arc::new(Means {
             supplies: Supplies::new(config.vmm.clone(), config.kernel.clone(), config.initrd.clone()),
             sandboxes,
             cgroups,
             network,
             scratch,
             uids,
-            unclaimed,
             config,
+        });
+        Ok(Self {
+            pool: Pool::start(&means),
+            means,
+            unclaimed,
         })
     }
 
     /// Whether a sandbox could be launched now, and on what kind of KVM; an error says what is missing and what to do. Takes
     /// microseconds where the last launch went well.
     pub async fn ready(&self) -> Result<KvmKind, SandboxError> {
-        Ok(self.supplies.take().await?.kvm)
+        Ok(self.means.supplies.take().await?.kvm)
     }
 
     /// What does not work on this host as it should, for the log and for `flint doctor`.
     pub fn warnings(&self) -> &[String] {
-        self.cgroups.warnings()
+        self.means.cgroups.warnings()
     }
 
     /// The pods' network.
     pub fn network(&self) -> &Network {
-        &self.network
+        &self.means.network
+    }
+
+    /// The parked clones.
+    pub fn pool(&self) -> &Pool {
+        &self.pool
     }
 
     /// Makes what scratch disks of this size are copied from, so that no start waits for it.
     pub async fn prepare_scratch(&self, bytes: u64) -> Result<(), SandboxError> {
-        let scratch = Arc::clone(&self.scratch);
+        let scratch = Arc::clone(&self.means.scratch);
         Ok(blocking(move || scratch.prepare(bytes)).await??)
     }
 
-    /// Starts a sandbox whose guest has taken its identity and waits for containers. An error, or dropping the future,
-    /// leaves nothing behind; after an error that has happened already.
+    /// Starts a sandbox whose guest has taken its identity and waits for containers: a clone, where one is parked and the wish
+    /// fits it; else it is booted. An error, or dropping the future, leaves nothing behind; after an error that has happened
+    /// already.
     pub async fn launch(&self, spec: SandboxSpec, timeline: &Timeline) -> Result<Sandbox, SandboxError> {
         let spec = checked(spec)?;
-        let supply = self.supplies.take().await?;
-        let (held, uid) = self.hold(&spec)?;
+        match self.pool.claim(&self.means, &spec, timeline).await? {
+            Some(claimed) => claimed.adopt(&self.means, spec, timeline).await,
+            None => self.boot(spec, timeline).await,
+        }
+    }
+
+    async fn boot(&self, spec: SandboxSpec, timeline: &Timeline) -> Result<Sandbox, SandboxError> {
+        let supply = self.means.supplies.take().await?;
+        let (held, plan) = self.means.hold(Wish {
+            id: &spec.id,
+            net: spec.net.is_some(),
+            limits: Limits {
+                guest_memory_bytes: spec.memory_bytes,
+                vcpus: spec.vcpus,
+            },
+            images: image_names(&spec),
+        })?;
         let folder = held.folder.clone();
         let gate = held.lease.as_ref().map(|lease| Arc::clone(lease.gate()));
         let gate = gate.as_deref();
-        let plan = ShellPlan {
-            vmm: self.supplies.vmm().into(),
-            id: spec.id.clone(),
-            uid,
-            folder: folder.clone(),
-            cgroup: held.cgroup.clone(),
-        };
         let (end, attach) = supervise(held);
         let guard = end.kill_on_drop();
         let shell = Shell::spawn(plan, attach, timeline);
@@ -188,58 +202,17 @@ impl Manager {
             folder: &folder,
         };
         match self.start(&begun, shell, timeline).await {
-            Ok(Ready { control, channel }) => {
+            Ok(ready) => {
                 guard.disarm();
-                Ok(Sandbox(Arc::new(Inner {
-                    images: image_names(&spec),
-                    id: spec.id,
-                    address: gate.map(Gate::address),
-                    control,
-                    guest: channel,
-                    end,
-                })))
+                Ok(Sandbox::new(&spec, gate.map(Gate::address), ready, end))
             }
             Err(error) => {
                 let error = explain(&end, error).await;
                 // The VMM tells what the kernel told it; if that was about KVM, a look at KVM tells what to do.
-                self.supplies.look_again().await?;
+                self.means.supplies.look_again().await?;
                 Err(error)
             }
         }
-    }
-
-    /// Writes down what the sandbox will hold, then takes it.
-    fn hold(&self, spec: &SandboxSpec) -> Result<(Held, u32), SandboxError> {
-        let uid = self
-            .uids
-            .take()
-            .ok_or_else(|| spec_error(&spec.id, "all user ids for VMMs are in use"))?;
-        let lease = spec.net.is_some().then(|| self.network.lease()).transpose()?;
-        let address = lease.as_ref().map(Lease::address);
-        let intent = Intent {
-            id: spec.id.clone(),
-            uid: uid.get(),
-            address,
-            images: image_names(spec),
-        };
-        let folder = Folder::create(&self.sandboxes, &intent)?;
-        let limits = Limits {
-            guest_memory_bytes: spec.memory_bytes,
-            vcpus: spec.vcpus,
-        };
-        let made = self.cgroups.create(&spec.id, limits).inspect_err(|_| {
-            // Both may be repeated, and the error that is returned is the telling one.
-            let _ = self.cgroups.of(&spec.id).destroy();
-            let _ = folder.remove();
-        });
-        let held = Held {
-            cgroup: made?,
-            folder,
-            lease,
-            network: Arc::clone(&self.network),
-            uid: Some(uid),
-        };
-        Ok((held, intent.uid))
     }
 
     async fn start(
@@ -255,9 +228,10 @@ impl Manager {
             end,
             folder,
         } = *begun;
+        let means = &self.means;
         let address = gate.map(Gate::address);
         // None of these needs another; the slowest is the VMM's jail.
-        let (shell, tap, disks) = tokio::try_join!(shell, self.plug(gate), self.open_disks(spec))?;
+        let (shell, tap, disks) = tokio::try_join!(shell, means.plug(gate), means.open_disks(spec))?;
         let net = match (&spec.net, address, tap) {
             (Some(spec), Some(address), Some(tap)) => Some(NetParts {
                 spec,
@@ -269,63 +243,21 @@ impl Manager {
         let (kernel, initrd) = (supply.kernel()?, supply.initrd()?);
         let parts = Parts {
             spec,
-            cmdline: &self.config.cmdline,
+            cmdline: &means.config.cmdline,
             kernel: kernel.as_fd(),
             initrd: initrd.as_ref().map(AsFd::as_fd),
             disks,
             net,
         };
-        let identity = identity_of(
-            &spec.identity,
-            address.map(|address| self.interface(address)).into_iter().collect(),
-        )?;
+        let interfaces = address.map(|address| means.interface(address, &[]));
+        let identity = identity_of(&spec.identity, interfaces.into_iter().collect())?;
         let claimed = shell.claim(parts, timeline).await?;
-        let running = claimed.boot(end, self.config.boot_timeout, timeline).await?;
-        let vsock = folder.path("vsock.sock");
-        let adopted = running.adopt(&vsock, identity, timeline);
-        // A guest that dies meanwhile must not be waited for.
-        let ready = tokio::select! {
-            ready = adopted => ready?,
-            _ = end.wait() => return Err(SandboxError::Died),
-        };
+        let running = claimed.boot(end, means.config.boot_timeout, timeline).await?;
+        let ready = running
+            .adopt(end, &folder.path("vsock.sock"), identity, timeline)
+            .await?;
         mark_ready(folder)?;
         Ok(ready)
-    }
-
-    async fn plug(&self, gate: Option<&Gate>) -> Result<Option<OwnedFd>, SandboxError> {
-        match gate {
-            Some(gate) => Ok(Some(self.network.plug(gate).await?)),
-            None => Ok(None),
-        }
-    }
-
-    async fn open_disks(&self, spec: &SandboxSpec) -> Result<Vec<DiskFds>, SandboxError> {
-        let mut disks = Vec::with_capacity(spec.disks.len());
-        for disk in &spec.disks {
-            disks.push(match &disk.source {
-                DiskSource::Image { table, packs, .. } => {
-                    DiskFds::Image(std::iter::once(table).chain(packs).map(Arc::clone).collect())
-                }
-                DiskSource::Raw { file } => DiskFds::Raw(Arc::clone(file)),
-                DiskSource::Scratch { bytes } => {
-                    let (scratch, bytes) = (Arc::clone(&self.scratch), *bytes);
-                    DiskFds::Raw(Arc::new(blocking(move || scratch.make(bytes)).await??.into()))
-                }
-            });
-        }
-        Ok(disks)
-    }
-
-    fn interface(&self, address: Ipv4Addr) -> Interface {
-        let network = self.network.config();
-        Interface {
-            mac: network::addresses::mac_of(address).to_vec(),
-            name: "eth0".into(),
-            addresses: vec![format!("{address}/{}", network.range.prefix())],
-            gateways: vec![self.network.gateway().to_string()],
-            mtu: network.mtu,
-            ..Default::default()
-        }
     }
 
     /// Finds a sandbox that an earlier flintd launched. If it has ended, waits until it is cleaned up.
@@ -339,30 +271,19 @@ impl Manager {
         self.unclaimed.end_unknown(known).await;
     }
 
-    /// Removes what the manager itself holds on the host: bridge, rules, cgroup. Only when no sandbox is left.
+    /// Removes what the manager itself holds on the host: parked clones, bridge, rules, cgroup. Only when no sandbox is left.
     pub async fn remove(self) -> Result<(), SandboxError> {
-        if let Some(network) = Arc::into_inner(self.network) {
-            network.remove().await?;
+        self.pool.drain().await;
+        drop(self.pool);
+        // Nobody else has it: the pool's keeper has ended.
+        if let Some(means) = Arc::into_inner(self.means) {
+            if let Some(network) = Arc::into_inner(means.network) {
+                network.remove().await?;
+            }
+            means.cgroups.remove()?;
         }
-        Ok(self.cgroups.remove()?)
+        Ok(())
     }
-}
-
-/// A sandbox that still runs was let send when it was started.
-fn sending(address: Ipv4Addr) -> Survivor {
-    Survivor {
-        address,
-        may_send: true,
-    }
-}
-
-/// The images that a sandbox reads.
-fn image_names(spec: &SandboxSpec) -> Vec<String> {
-    let image = |disk: &DiskSpec| match &disk.source {
-        DiskSource::Image { name, .. } => Some(name.clone()),
-        DiskSource::Raw { .. } | DiskSource::Scratch { .. } => None,
-    };
-    spec.disks.iter().filter_map(image).collect()
 }
 
 pub(super) fn spec_error(id: &str, what: impl Into<String>) -> SandboxError {

@@ -1,3 +1,5 @@
+use std::os::fd::OwnedFd;
+
 use super::*;
 
 fn spec(id: &str) -> SandboxSpec {

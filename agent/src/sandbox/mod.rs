@@ -7,6 +7,8 @@
 //!                                   tap bound                          then removes what the sandbox held
 //! ```
 //!
+//! - [`pool`]: sandboxes ahead of need: the template, the clones that are parked, and the claim of one.
+//! - [`means`]: what the host gives to each: folder, cgroup, user id, address, tap, scratch disk.
 //! - [`manager`]: launches sandboxes, hands out those that were taken over.
 //! - [`takeover`]: finds the sandboxes of an earlier flintd and takes them over.
 //! - [`supplies`]: KVM, VMM, kernel and initrd: whether they are there, and what to do if not.
@@ -20,7 +22,9 @@ pub mod control;
 mod guest;
 mod intent;
 mod manager;
+mod means;
 mod packet;
+pub mod pool;
 mod shell;
 mod supervisor;
 mod supplies;
@@ -149,6 +153,17 @@ struct Inner {
 }
 
 impl Sandbox {
+    fn new(spec: &SandboxSpec, address: Option<Ipv4Addr>, ready: shell::Ready, end: supervisor::End) -> Self {
+        Self(Arc::new(Inner {
+            id: spec.id.clone(),
+            address,
+            images: means::image_names(spec),
+            control: ready.control,
+            guest: ready.channel,
+            end,
+        }))
+    }
+
     /// Its name.
     pub fn id(&self) -> &str {
         &self.0.id
@@ -214,6 +229,15 @@ impl Sandbox {
 /// A sandbox could not be had, or something of it failed.
 #[derive(Debug, Error)]
 pub enum SandboxError {
+    /// A template cannot be used.
+    #[error("the template {path} cannot be used")]
+    Template {
+        /// Its folder.
+        path: PathBuf,
+        /// Why not.
+        #[source]
+        source: pool::TemplateError,
+    },
     /// The wish cannot be fulfilled.
     #[error("sandbox {id:?}: {what}")]
     Spec {
@@ -284,6 +308,9 @@ pub enum SandboxError {
     /// flint-init could not be reached.
     #[error("could not connect to flint-init in the guest")]
     Connect(#[source] tonic::transport::Error),
+    /// The guest came up, and then did not answer.
+    #[error("the guest has not taken its identity within {0:?}: see serial.log")]
+    IdentityTimeout(Duration),
     /// flint-init refused.
     #[error("the guest could not take its identity: {0}")]
     Identity(#[source] Box<tonic::Status>),

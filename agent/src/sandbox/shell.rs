@@ -18,7 +18,7 @@ use tonic::transport::Channel;
 
 use super::{
     DiskSpec, Identity, NetSpec, SandboxError, SandboxSpec,
-    control::Control,
+    control::{Control, ControlError},
     file_error,
     guest::connect,
     intent::Folder,
@@ -31,7 +31,7 @@ use crate::{
 };
 
 /// CID of every guest: each VMM has a vsock of its own.
-const GUEST_CID: u64 = 3;
+pub(super) const GUEST_CID: u64 = 3;
 /// Entropy for the guest's random number generator.
 const ENTROPY_BYTES: usize = 64;
 /// How long the guest may take to take its identity.
@@ -39,7 +39,7 @@ const IDENTITY_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// A jailed VMM process that answers and has no machine.
 pub(super) struct Shell {
-    control: Control,
+    pub(super) control: Control,
     vsock: OwnedFd,
     serial: OwnedFd,
 }
@@ -51,7 +51,7 @@ pub(super) struct Claimed {
 
 /// A machine whose guest has dialled.
 pub(super) struct Running {
-    control: Control,
+    pub(super) control: Control,
 }
 
 /// A guest that is the pod's own.
@@ -84,6 +84,12 @@ pub(super) struct Parts<'a> {
 pub(super) enum DiskFds {
     Image(Vec<Arc<OwnedFd>>),
     Raw(Arc<OwnedFd>),
+}
+
+impl DiskFds {
+    pub(super) fn image(table: &Arc<OwnedFd>, packs: &[Arc<OwnedFd>]) -> Self {
+        Self::Image(std::iter::once(table).chain(packs).map(Arc::clone).collect())
+    }
 }
 
 /// The interface.
@@ -129,12 +135,7 @@ impl Shell {
         stage.end();
 
         let stage = timeline.begin("vmm.load");
-        let load = vmm::LoadKernel {
-            cmdline: parts.cmdline.to_owned(),
-            has_initrd: parts.initrd.is_some(),
-        };
-        let files: Vec<_> = std::iter::once(parts.kernel).chain(parts.initrd).collect();
-        self.control.command(Command::LoadKernel(load), &files).await?;
+        load_kernel(&self.control, parts.cmdline, parts.kernel, parts.initrd).await?;
         stage.end();
 
         let stage = timeline.begin("vmm.bind");
@@ -146,7 +147,7 @@ impl Shell {
     async fn bind(&self, parts: &Parts<'_>) -> Result<(), SandboxError> {
         for (slot, (spec, fds)) in (0..).zip(parts.spec.disks.iter().zip(&parts.disks)) {
             let (command, fds) = bind_disk(slot, spec, fds);
-            self.control.command(command, &fds).await?;
+            self.control.command(Command::BindDisk(command), &fds).await?;
         }
         if let Some(net) = &parts.net {
             let command = vmm::BindNet {
@@ -158,6 +159,11 @@ impl Shell {
                 .command(Command::BindNet(command), &[net.tap.as_fd()])
                 .await?;
         }
+        self.bind_host().await
+    }
+
+    /// Binds what each machine has, whatever becomes of it.
+    pub(super) async fn bind_host(&self) -> Result<(), SandboxError> {
         self.control
             .command(Command::BindVsock(vmm::BindVsock {}), &[self.vsock.as_fd()])
             .await?;
@@ -173,18 +179,53 @@ impl Claimed {
     pub(super) async fn boot(self, end: &End, limit: Duration, timeline: &Timeline) -> Result<Running, SandboxError> {
         let stage = timeline.begin("vmm.boot");
         self.control.command(Command::Start(vmm::Start {}), &[]).await?;
-        match tokio::time::timeout(limit, end.dialled()).await {
-            Ok(true) => stage.end(),
-            Ok(false) => return Err(SandboxError::Died),
-            Err(_) => return Err(SandboxError::BootTimeout(limit)),
-        };
+        dialled(end, limit).await?;
+        stage.end();
         Ok(Running { control: self.control })
     }
 }
 
+/// Has a kernel loaded.
+pub(super) async fn load_kernel(
+    control: &Control,
+    cmdline: &str,
+    kernel: BorrowedFd<'_>,
+    initrd: Option<BorrowedFd<'_>>,
+) -> Result<(), ControlError> {
+    let load = vmm::LoadKernel {
+        cmdline: cmdline.to_owned(),
+        has_initrd: initrd.is_some(),
+    };
+    let files: Vec<_> = std::iter::once(kernel).chain(initrd).collect();
+    control.command(Command::LoadKernel(load), &files).await
+}
+
+/// Waits until flint-init has dialled.
+pub(super) async fn dialled(end: &End, limit: Duration) -> Result<(), SandboxError> {
+    match tokio::time::timeout(limit, end.dialled()).await {
+        Ok(true) => Ok(()),
+        Ok(false) => Err(SandboxError::Died),
+        Err(_) => Err(SandboxError::BootTimeout(limit)),
+    }
+}
+
 impl Running {
-    /// Connects to flint-init and has the guest take its identity.
+    /// Connects to flint-init and has the guest take its identity. A guest that ends meanwhile is not waited for.
     pub(super) async fn adopt(
+        self,
+        end: &End,
+        vsock: &Path,
+        identity: guest::AdoptIdentityRequest,
+        timeline: &Timeline,
+    ) -> Result<Ready, SandboxError> {
+        tokio::select! {
+            ready = self.acknowledged(vsock, identity, timeline) => ready,
+            _ = end.wait() => Err(SandboxError::Died),
+            () = tokio::time::sleep(IDENTITY_TIMEOUT) => Err(SandboxError::IdentityTimeout(IDENTITY_TIMEOUT)),
+        }
+    }
+
+    async fn acknowledged(
         self,
         vsock: &Path,
         identity: guest::AdoptIdentityRequest,
@@ -195,9 +236,7 @@ impl Running {
         stage.end();
 
         let stage = timeline.begin("guest.identity");
-        let mut request = tonic::Request::new(identity);
-        request.set_timeout(IDENTITY_TIMEOUT);
-        let adopted = GuestClient::new(channel.clone()).adopt_identity(request).await;
+        let adopted = GuestClient::new(channel.clone()).adopt_identity(identity).await;
         adopted.map_err(|status| SandboxError::Identity(Box::new(status)))?;
         stage.end();
         Ok(Ready {
@@ -303,7 +342,8 @@ fn machine(parts: &Parts<'_>) -> vmm::CreateMachine {
     }
 }
 
-fn bind_disk<'a>(slot: u32, spec: &DiskSpec, fds: &'a DiskFds) -> (Command, Vec<BorrowedFd<'a>>) {
+/// How a disk is bound, and its descriptors.
+pub(super) fn bind_disk<'a>(slot: u32, spec: &DiskSpec, fds: &'a DiskFds) -> (vmm::BindDisk, Vec<BorrowedFd<'a>>) {
     let (source, fds) = match fds {
         DiskFds::Image(files) => (
             vmm::bind_disk::Source::Image(vmm::ImageDevice {}),
@@ -315,11 +355,11 @@ fn bind_disk<'a>(slot: u32, spec: &DiskSpec, fds: &'a DiskFds) -> (Command, Vec<
         ),
     };
     (
-        Command::BindDisk(vmm::BindDisk {
+        vmm::BindDisk {
             slot,
             source: Some(source),
             rate_limit: spec.rate_limit,
-        }),
+        },
         fds,
     )
 }
@@ -329,13 +369,9 @@ pub(super) fn identity_of(
     identity: &Identity,
     interfaces: Vec<guest::Interface>,
 ) -> Result<guest::AdoptIdentityRequest, SandboxError> {
-    use std::io::Read;
-    let source = Path::new("/dev/urandom");
-    let mut random = [0; 16 + ENTROPY_BYTES];
-    File::open(source)
-        .and_then(|mut file| file.read_exact(&mut random))
-        .map_err(file_error("read", source))?;
-    let (machine_id, entropy) = random.split_at(16);
+    let random: [u8; 32 + ENTROPY_BYTES] = random()?;
+    let (machine_id, rest) = random.split_at(16);
+    let (generation, entropy) = rest.split_at(16);
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     Ok(guest::AdoptIdentityRequest {
         hostname: identity.hostname.clone(),
@@ -346,8 +382,22 @@ pub(super) fn identity_of(
         dns: Some(identity.dns.clone()),
         host_aliases: identity.aliases.clone(),
         sysctls: identity.sysctls.clone(),
-        ..Default::default()
+        generation: generation.to_vec(),
     })
+}
+
+/// Random bytes from the kernel, at most 256 of them.
+pub(super) fn random<const BYTES: usize>() -> Result<[u8; BYTES], SandboxError> {
+    const { assert!(BYTES <= 256, "more may come in parts (getrandom(2))") }
+    let mut bytes = [0; BYTES];
+    // SAFETY: the buffer is ours and as long as we say.
+    let count = unsafe { libc::getrandom(bytes.as_mut_ptr().cast(), BYTES, 0) };
+    if usize::try_from(count) == Ok(BYTES) {
+        return Ok(bytes);
+    }
+    Err(file_error("draw from", "the kernel's random numbers")(
+        io::Error::last_os_error(),
+    ))
 }
 
 /// Notes that a start is complete: a flintd that finds the sandbox later takes it over only then.

@@ -25,7 +25,7 @@ use super::{
 use crate::{
     cgroup::Cgroups,
     chain,
-    network::{Lease, Network, NetworkError},
+    network::{Lease, Network, NetworkError, Survivor},
     process::Process,
 };
 
@@ -59,7 +59,7 @@ impl Unclaimed {
             let lease = left.address().and_then(|address| leases.remove(&address));
             let has_network = left.address().is_none() || lease.is_some();
             let held = Held {
-                cgroup: home.cgroups.of(&left.id),
+                cgroup: home.cgroups.of(left.cgroup()),
                 lease,
                 network: Arc::clone(home.network),
                 uid: left.intent.as_ref().ok().map(|intent| home.uids.reserve(intent.uid)),
@@ -116,7 +116,7 @@ impl Unclaimed {
 
 /// Ends what runs in cgroups that no folder accounts for.
 pub(super) async fn end_strays(cgroups: &Cgroups, with_cgroup: &[String], left: &[Left]) {
-    let known: HashSet<_> = left.iter().map(|left| left.id.as_str()).collect();
+    let known: HashSet<_> = left.iter().map(Left::cgroup).collect();
     for id in with_cgroup.iter().filter(|id| !known.contains(id.as_str())) {
         let cgroup = cgroups.of(id);
         if let Err(error) = blocking(move || cgroup.destroy()).await.and_then(|ended| Ok(ended?)) {
@@ -175,7 +175,7 @@ async fn reconnect_in_time(held: &Held) -> Result<(Control, Attached), Exited> {
 
 /// Connects to a VMM of an earlier flintd. An error says why the sandbox is to end, unless its VMM has said why it ended.
 async fn reconnect(held: &Held) -> Result<(Control, Attached), Exited> {
-    if !held.folder.path("ready").exists() {
+    if !is_complete(&held.folder) {
         return Err(stopped("flintd ended before the sandbox's start was complete"));
     }
     let gone = || from_status(None);
@@ -190,6 +190,11 @@ async fn reconnect(held: &Held) -> Result<(Control, Attached), Exited> {
     } else {
         Err(gone())
     }
+}
+
+/// Whether the sandbox's start was complete.
+fn is_complete(folder: &Folder) -> bool {
+    folder.path("ready").exists()
 }
 
 fn stopped(detail: impl Into<String>) -> Exited {
@@ -211,6 +216,19 @@ impl Left {
     pub(super) fn address(&self) -> Option<Ipv4Addr> {
         self.intent.as_ref().ok()?.address
     }
+
+    /// Name of its cgroup.
+    fn cgroup(&self) -> &str {
+        self.intent.as_ref().map_or(&self.id, Intent::cgroup)
+    }
+
+    /// Its address, and whether it may send: one whose start is not complete may be a clone without an identity of its own.
+    pub(super) fn survivor(&self) -> Option<Survivor> {
+        Some(Survivor {
+            address: self.address()?,
+            may_send: is_complete(&self.folder),
+        })
+    }
 }
 
 /// All folders with what their intents say. Those without an intent held nothing yet, and are removed.
@@ -223,7 +241,9 @@ pub(super) fn read_intents(sandboxes: &Path) -> Result<Vec<Left>, SandboxError> 
                 folder.remove()?;
                 continue;
             }
-            Ok(Some(intent)) if intent.id != id => Err(spec_error(&id, "its folder has the intent of another sandbox")),
+            Ok(Some(intent)) if !intent.may_be_in(&id) => {
+                Err(spec_error(&id, "its folder has the intent of another sandbox"))
+            }
             Ok(Some(intent)) => Ok(intent),
             Err(error) => Err(error),
         };

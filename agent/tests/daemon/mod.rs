@@ -49,7 +49,7 @@ impl Daemon {
         let path = folder.path();
         let line = format!(
             "set -e; ip link set lo up; {}\nexec {} --state-dir $T/state --run-dir $T/run --cgroup $C --vmm {} --kernel $T/kernel \
-             --initrd $T/initrd \"$@\"",
+             --initrd $T/initrd --pool 0 \"$@\"",
             start.setup,
             env!("CARGO_BIN_EXE_flintd"),
             vmm().display(),

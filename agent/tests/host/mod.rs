@@ -16,6 +16,7 @@ use std::collections::BTreeSet;
 use std::ffi::OsStr;
 use std::fs;
 use std::io::{BufRead, BufReader, Read};
+use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::sync::mpsc;
@@ -23,6 +24,8 @@ use std::thread;
 use std::time::Duration;
 
 use nix::mount::{self, MsFlags};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
 use nix::sys::signal::{self, Signal};
 use nix::unistd::Pid;
 use serde_json::Value;
@@ -37,6 +40,8 @@ pub struct Host {
     daemon: Option<Child>,
     /// Where a file system of its own is mounted.
     disk: Option<PathBuf>,
+    /// How many clones flintd keeps parked.
+    pool: usize,
     before: Traces,
 }
 
@@ -49,16 +54,14 @@ pub struct Done {
 }
 
 impl Host {
-    /// Starts flintd and waits until it answers.
+    /// Starts flintd and waits until it answers. Its pods are booted, each the same way.
     pub fn start() -> Self {
-        let mut host = Self::new();
-        host.start_daemon();
-        host
+        Self::start_with_pool(0)
     }
 
     /// The same, with flintd's state on a file system of its own.
     pub fn start_on_disk(bytes: u64) -> Self {
-        let mut host = Self::new();
+        let mut host = Self::new(0);
         let state = host.path("state");
         fs::create_dir(&state).expect("a folder");
         let size = format!("size={bytes}");
@@ -75,7 +78,20 @@ impl Host {
         host
     }
 
-    fn new() -> Self {
+    /// Starts a flintd that keeps clones parked, and waits until it has them.
+    pub fn with_pool(pool: usize) -> Self {
+        let host = Self::start_with_pool(pool);
+        host.wait_pool_full(1);
+        host
+    }
+
+    fn start_with_pool(pool: usize) -> Self {
+        let mut host = Self::new(pool);
+        host.start_daemon();
+        host
+    }
+
+    fn new(pool: usize) -> Self {
         let before = Traces::now();
         let dir = tempfile::Builder::new()
             .prefix("flint-system-")
@@ -85,6 +101,7 @@ impl Host {
             dir,
             daemon: None,
             disk: None,
+            pool,
             before,
         }
     }
@@ -105,6 +122,7 @@ impl Host {
             .arg(self.socket())
             // Small enough for a host whose disk is in memory to be filled.
             .args(["--pod-scratch", "96"])
+            .args(["--pool", &self.pool.to_string()])
             .env("FLINT_VMM", bin("flint-vmm"))
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
@@ -129,6 +147,19 @@ impl Host {
 
     pub fn daemon_log(&self) -> String {
         fs::read_to_string(self.path("flintd.log")).unwrap_or_default()
+    }
+
+    /// Waits until flintd has said so often that its pool is full.
+    pub fn wait_pool_full(&self, times: usize) {
+        let log = self.path("flintd.log");
+        let watch = Inotify::init(InitFlags::IN_CLOEXEC).expect("inotify");
+        watch.add_watch(&log, AddWatchFlags::IN_MODIFY).expect("a watch");
+        while self.daemon_log().matches("the pool is full").count() < times {
+            let mut readable = [PollFd::new(watch.as_fd(), PollFlags::POLLIN)];
+            let timeout = PollTimeout::try_from(LIMIT).expect("it is short");
+            assert_eq!(poll(&mut readable, timeout), Ok(1), "no clones: {}", self.daemon_log());
+            watch.read_events().expect("events");
+        }
     }
 
     /// Kills flintd as a crash would; its sandboxes go on.

@@ -72,6 +72,7 @@ pub fn as_daemon<F: Future<Output = ()>>(work: impl FnOnce(Host) -> F) -> Option
     Some(())
 }
 
+#[allow(dead_code, reason = "each test program uses a part")]
 impl Host {
     pub fn config(&self) -> Config {
         let path = |name| self.folder.join(name);
@@ -107,9 +108,19 @@ impl Host {
         Daemon(child.unwrap())
     }
 
+    /// Its own folder.
+    pub fn folder(&self) -> &Path {
+        &self.folder
+    }
+
     /// Process ids of the sandbox's cgroup.
     pub fn processes(&self) -> Vec<Pid> {
-        let text = fs::read_to_string(self.cgroup().join("a/cgroup.procs")).unwrap_or_default();
+        self.processes_of("a")
+    }
+
+    /// Process ids of a cgroup.
+    pub fn processes_of(&self, cgroup: &str) -> Vec<Pid> {
+        let text = fs::read_to_string(self.cgroup().join(cgroup).join("cgroup.procs")).unwrap_or_default();
         text.lines().map(|line| Pid::from_raw(line.parse().unwrap())).collect()
     }
 
@@ -225,6 +236,17 @@ fn wait_until(file: &Path, has: impl Fn() -> bool) {
         if !has() {
             watch.read_events().unwrap();
         }
+    }
+}
+
+/// Blocks until a folder is no more.
+pub fn wait_gone(folder: &Path) {
+    let watch = Inotify::init(InitFlags::empty()).unwrap();
+    watch
+        .add_watch(folder.parent().unwrap(), AddWatchFlags::IN_DELETE)
+        .unwrap();
+    while folder.exists() {
+        watch.read_events().unwrap();
     }
 }
 
