@@ -3,6 +3,7 @@
 //! ```text
 //! host       drives flintd as any client does: pull, start to first output, remove
 //! qemu       the peer: QEMU's microvm machine, same kernel, same initrd, same boundary
+//! claim      flint-vmm alone: from the claim of a clone to its first port write, beside what KVM alone needs
 //! footprint  memory of flint-vmm beside its guest's, of flint-init, sizes of the binaries
 //! samples    raw samples and what is said of them
 //! report     tables for people, JSON with every sample, Markdown for docs/results.md
@@ -10,6 +11,7 @@
 //!
 //! Figures mean something only with their command, their host and their level of proof: the report carries all three.
 
+mod claim;
 mod footprint;
 mod host;
 mod qemu;
@@ -40,6 +42,9 @@ struct Bench {
     /// How to print the results.
     #[arg(long, global = true, value_enum, default_value_t = Format::Text)]
     format: Format,
+    /// The same as `--format json`.
+    #[arg(long, global = true, conflicts_with = "format")]
+    json: bool,
     /// What the figures prove: "native" on bare metal, "emulated host" inside one.
     #[arg(long, global = true, default_value = "native")]
     level: String,
@@ -63,6 +68,8 @@ enum Command {
     Pull(Pull),
     /// Start pods to their first output, and boot a peer in turn.
     Start(Start),
+    /// Claim clones of a tiny guest: needs no flintd and no Linux guest, but root and /dev/kvm.
+    Claim(claim::Claims),
     /// Memory of a running pod's processes, and sizes of binaries.
     Footprint(Footprint),
 }
@@ -119,7 +126,7 @@ fn main() -> ExitCode {
         .build()
         .map_err(Error::from)
         .and_then(|runtime| runtime.block_on(measure(&bench)));
-    let printed = result.and_then(|report| report.print(bench.format));
+    let printed = result.and_then(|report| report.print(if bench.json { Format::Json } else { bench.format }));
     match printed {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
@@ -133,11 +140,18 @@ fn main() -> ExitCode {
 type Error = Box<dyn std::error::Error>;
 
 async fn measure(bench: &Bench) -> Result<Report, Error> {
+    if let Command::Claim(wanted) = &bench.command {
+        let mut report = Report::new(&bench.level, claim::facts());
+        claim::measure(wanted, &mut report)?;
+        return Ok(report);
+    }
     let host = host::Host::connect(&bench.socket).await?;
     let mut report = Report::new(&bench.level, host.facts().await?);
     match &bench.command {
         Command::Pull(pull) => measure_pulls(&host, pull, &mut report).await?,
         Command::Start(start) => measure_starts(&host, start, &mut report).await?,
+        // Done above: it needs no host.
+        Command::Claim(_) => {}
         Command::Footprint(wanted) => footprint::measure(&host, wanted, &mut report).await?,
     }
     Ok(report)

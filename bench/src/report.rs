@@ -17,6 +17,19 @@ pub struct Report {
     amounts: Vec<(String, u64)>,
     stages: Vec<StageSamples>,
     timings: Vec<Samples>,
+    claims: Vec<Claim>,
+}
+
+/// How claims of one kind went, beside the least that they can cost.
+#[derive(Debug, Serialize)]
+struct Claim {
+    name: String,
+    count: usize,
+    p50_ns: u64,
+    p99_ns: u64,
+    floor_p50_ns: u64,
+    /// p50 / floor's p50.
+    ratio: f64,
 }
 
 impl Report {
@@ -35,6 +48,7 @@ impl Report {
             amounts: Vec::new(),
             stages: Vec::new(),
             timings: Vec::new(),
+            claims: Vec::new(),
         }
     }
 
@@ -49,6 +63,22 @@ impl Report {
 
     pub fn add(&mut self, samples: Samples) {
         self.timings.push(samples);
+    }
+
+    /// Claims of one kind, and the floor of the same run.
+    pub fn add_claim(&mut self, claims: &Samples, floor: &Samples) {
+        let (Some(p50), Some(p99), Some(floor)) = (claims.median(), claims.quantile(99, 100), floor.median()) else {
+            return;
+        };
+        let nanos = |time: Duration| u64::try_from(time.as_nanos()).unwrap_or(u64::MAX);
+        self.claims.push(Claim {
+            name: claims.name.clone(),
+            count: claims.len(),
+            p50_ns: nanos(p50),
+            p99_ns: nanos(p99),
+            floor_p50_ns: nanos(floor),
+            ratio: p50.as_secs_f64() / floor.as_secs_f64(),
+        });
     }
 
     /// A stage of a start.
@@ -94,6 +124,17 @@ impl Report {
             let (name, n) = (stage.name(), stage.durations.len());
             text += &format!("{start:>10} {median:>10} {min:>10} {max:>10} {n:>4}  {name}\n");
         }
+        if !self.claims.is_empty() {
+            text += &format!(
+                "{:>10} {:>10} {:>10} {:>6} {:>4}\n",
+                "p50", "p99", "floor p50", "ratio", "n"
+            );
+        }
+        for claim in &self.claims {
+            let [p50, p99, floor] = claim.times();
+            let Claim { name, count, ratio, .. } = claim;
+            text += &format!("{p50:>10} {p99:>10} {floor:>10} {ratio:>6.2} {count:>4}  {name}\n");
+        }
         if !self.timings.is_empty() {
             text += &format!("{:>10} {:>10} {:>10} {:>4}\n", "median", "min", "max", "n");
         }
@@ -127,6 +168,14 @@ impl Report {
             let (name, n) = (stage.name(), stage.durations.len());
             text += &format!("| {name} | {start} | {median} | {min} | {max} | {n} |\n");
         }
+        if !self.claims.is_empty() {
+            text += "\n| claim | p50 | p99 | floor's p50 | ratio | n |\n|---|---|---|---|---|---|\n";
+        }
+        for claim in &self.claims {
+            let [p50, p99, floor] = claim.times();
+            let Claim { name, count, ratio, .. } = claim;
+            text += &format!("| {name} | {p50} | {p99} | {floor} | {ratio:.2} | {count} |\n");
+        }
         if !self.timings.is_empty() {
             text += "\n| what | median | min | max | n |\n|---|---|---|---|---|\n";
         }
@@ -135,6 +184,13 @@ impl Report {
             text += &format!("| {} | {median} | {min} | {max} | {} |\n", samples.name, samples.len());
         }
         text
+    }
+}
+
+impl Claim {
+    fn times(&self) -> [String; 3] {
+        [self.p50_ns, self.p99_ns, self.floor_p50_ns]
+            .map(|nanos| format!("{:.3} ms", Duration::from_nanos(nanos).as_secs_f64() * 1e3))
     }
 }
 
