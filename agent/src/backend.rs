@@ -3,12 +3,17 @@
 
 use std::{collections::HashSet, fmt, sync::Arc};
 
-use flint_api::{guest, guest::guest_client::GuestClient, host, vmm::ExitReason};
+use flint_api::{
+    guest,
+    guest::guest_client::GuestClient,
+    host,
+    vmm::{self, ExitReason},
+};
 use thiserror::Error;
 use tokio::sync::mpsc;
 use tonic::{async_trait, transport::Channel};
 
-use crate::{probe::KvmKind, timeline::Timeline};
+use crate::{probe::KvmKind, saved::SavedFiles, timeline::Timeline};
 
 /// What a sandbox is made of.
 #[derive(Clone, Debug)]
@@ -77,6 +82,26 @@ impl fmt::Display for SandboxExit {
 #[error("{0}")]
 pub struct SandboxError(pub String);
 
+/// What a saved sandbox was, for another one that is to load it.
+#[derive(Clone, Debug, Default)]
+pub struct SavedMachine {
+    /// The machine.
+    pub machine: vmm::CreateMachine,
+    /// Address of its network interface; empty: it has none.
+    pub mac: Vec<u8>,
+}
+
+/// A sandbox could not be saved.
+#[derive(Debug, Error)]
+pub enum SaveError {
+    /// There is no room for its files.
+    #[error("no room")]
+    NoSpace,
+    /// Something else.
+    #[error("{0}")]
+    Failed(String),
+}
+
 /// What was found where a sandbox of an earlier flintd should be.
 pub enum TakeOver {
     /// It runs.
@@ -111,6 +136,8 @@ pub trait Sandbox: Send + Sync + 'static {
     async fn pause(&self) -> Result<(), SandboxError>;
     /// Has it go on where it stood. One that runs goes on running.
     async fn resume(&self) -> Result<(), SandboxError>;
+    /// Writes it into files while it stands still.
+    async fn save(&self, files: Arc<SavedFiles>) -> Result<SavedMachine, SaveError>;
     /// Whether it stands still.
     async fn is_paused(&self) -> Result<bool, SandboxError>;
     /// Ends it without asking the guest. Answers at once: [`exited`](Sandbox::exited) tells when it is done.

@@ -175,6 +175,23 @@ impl Cgroup {
             .any(|path| path.iter().rev().take(2).eq(own.iter().copied()))
     }
 
+    /// Lets the processes in here have more memory than their limit, until it is given back.
+    pub fn lend(&self, bytes: u64) -> Result<Loan, CgroupError> {
+        let path = self.path.join("memory.max");
+        let limit = match fs::read_to_string(&path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => None,
+            // Without a limit it says "max".
+            read => read.map_err(failed("read", &path))?.trim().parse::<u64>().ok(),
+        };
+        if let Some(limit) = limit {
+            self.limit("memory.max", limit.saturating_add(bytes))?;
+        }
+        Ok(Loan {
+            cgroup: self.clone(),
+            limit,
+        })
+    }
+
     /// Kills all processes in here. None, or no cgroup, is fine.
     pub fn kill(&self) -> Result<(), CgroupError> {
         let path = self.path.join("cgroup.kill");
@@ -217,6 +234,29 @@ impl Cgroup {
             Err(_) if !path.exists() => Ok(()),
             other => other.map_err(failed("write to", &path)),
         }
+    }
+}
+
+/// Memory beyond a cgroup's limit.
+#[derive(Debug)]
+#[must_use]
+pub struct Loan {
+    cgroup: Cgroup,
+    /// Absent: there is none to go back to.
+    limit: Option<u64>,
+}
+
+impl Loan {
+    /// Makes the limit what it was, unless more than that is still in use: the kernel would kill for it. So it is where files that
+    /// were written are memory themselves, on a tmpfs.
+    pub fn give_back(self) -> Result<(), CgroupError> {
+        let Some(limit) = self.limit else { return Ok(()) };
+        let path = self.cgroup.path.join("memory.current");
+        let current = fs::read_to_string(&path).map_err(failed("read", &path))?;
+        if current.trim().parse().is_ok_and(|current: u64| current <= limit) {
+            self.cgroup.limit("memory.max", limit)?;
+        }
+        Ok(())
     }
 }
 

@@ -44,6 +44,7 @@ use crate::{
         Config, Manager, SandboxError,
         pool::{self, PoolMetrics},
     },
+    saved::{SavedError, SavedPods},
     store::{Store, StoreError},
 };
 
@@ -122,6 +123,9 @@ pub struct Options {
     /// or ask for one vCPU, and for as much memory as those that do not.
     #[arg(long, env = "FLINT_POOL", default_value_t = 4, value_name = "COUNT")]
     pub pool: usize,
+    /// Most snapshots at a time.
+    #[arg(long, env = "FLINT_MAX_SNAPSHOTS", default_value_t = 64, value_name = "COUNT")]
+    pub max_snapshots: usize,
     /// Addresses of pods; the first one is the host's own.
     #[arg(long, env = "FLINT_POD_RANGE", default_value_t = network::Range::DEFAULT, value_name = "CIDR")]
     pub pod_range: network::Range,
@@ -174,6 +178,9 @@ pub enum DaemonError {
     /// The sandboxes.
     #[error("could not make the host ready for sandboxes; `flint doctor` says more")]
     Sandboxes(#[from] SandboxError),
+    /// The snapshots.
+    #[error("could not open the snapshots")]
+    Snapshots(#[from] SavedError),
     /// A listener.
     #[error(transparent)]
     Listen(#[from] ListenError),
@@ -236,6 +243,7 @@ pub async fn run(options: Options) -> Result<JoinHandle<()>, DaemonError> {
             default_scratch_bytes: options.pod_scratch * MIB,
             host_cpus: info.capacity.unwrap_or_default().cpu_milli / 1000,
         },
+        saved: SavedPods::open(&options.state_dir.join("snapshots"), options.max_snapshots)?,
         host_changed: watch::Sender::new(0),
     });
     let pods = Pods::start(context, loaded).await;

@@ -16,6 +16,7 @@
 //!    |   \   \
 //!    |   \   network/  bridge, addresses, taps, rules
 //!    |   cgroup, scratch   what bounds a sandbox
+//!   saved      pods saved as they ran, on this host's disk
 //!   process    a VMM in its cgroup, named by pidfd
 //! ```
 //!
@@ -34,6 +35,7 @@ pub mod probe;
 pub mod process;
 pub mod runtime;
 pub mod sandbox;
+pub mod saved;
 pub mod scratch;
 pub mod store;
 pub mod timeline;

@@ -143,7 +143,7 @@ fn make_file_system(path: &Path) -> io::Result<Output> {
 }
 
 /// Copies a file so that its holes stay holes.
-fn copy_sparse(from: &File, to: &File, bytes: u64) -> io::Result<()> {
+pub(crate) fn copy_sparse(from: &File, to: &File, bytes: u64) -> io::Result<()> {
     if reflink(from, to).is_ok() {
         return Ok(());
     }

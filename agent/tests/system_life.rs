@@ -1,10 +1,14 @@
-//! The life of a running pod beside start and end: it is paused, and goes on.
+//! The life of a running pod beside start and end: it is paused, goes on, and is saved.
 
 mod host;
 
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::fs;
+use std::os::unix::fs::MetadataExt as _;
+use std::process::{Command, Stdio};
+use std::thread;
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
-use host::{Host, LIMIT};
+use host::{Host, LIMIT, busybox};
 
 /// Prints numbers, some each second.
 const COUNTS: &str = "n=0; while :; do n=$((n+1)); echo $n; sleep 0.2; done";
@@ -102,4 +106,101 @@ fn a_paused_pod_can_be_stopped_and_killed() {
     assert_eq!(host.ok(["logs", "killed"]), "ready\n");
     let code = |name| host.pod(name)["status"]["containers"][0]["terminated"]["exitCode"].clone();
     assert_eq!((code("stopped"), code("killed")), (5.into(), 137.into()));
+}
+
+/// How many files a folder of flintd's state has.
+fn entries(host: &Host, folder: &str) -> usize {
+    fs::read_dir(host.path("state").join(folder)).map_or(0, Iterator::count)
+}
+
+#[test]
+fn a_running_pod_is_saved_with_what_it_wrote_and_goes_on() {
+    let mut host = Host::start();
+    host.start_pod("web", &format!("echo on the disk > /note; {COUNTS}"), "");
+    let (mut follower, lines) = host.follow("web");
+    assert_eq!(lines.recv_timeout(LIMIT).as_deref(), Ok("1"));
+
+    let snapshot = host.json(["snapshot", "create", "web", "first"]);
+
+    for number in 2..6 {
+        let line = lines.recv_timeout(LIMIT).expect("it goes on, and nobody is cut off");
+        assert_eq!(line, number.to_string());
+    }
+    follower.kill().expect("kill");
+    follower.wait().expect("wait");
+    let folder = host.path("state/snapshots/first");
+    // What the guest wrote and did not sync is in its memory, not on its disk: both are there, and the disk is sound.
+    let check = Command::new("e2fsck")
+        .arg("-fn")
+        .arg(folder.join("scratch"))
+        .output()
+        .expect("e2fsck runs");
+    assert!(check.status.success(), "{}", String::from_utf8_lossy(&check.stdout));
+    let length = |name| fs::metadata(folder.join(name)).expect("it is there").len();
+    assert!(length("memory") > 64 << 20 && length("state") > 0);
+    let stored = snapshot["storedBytes"].as_u64().expect("a number");
+    assert!(
+        stored < length("memory") + length("scratch"),
+        "holes cost nothing: {snapshot}"
+    );
+
+    let refused = host.flint(["images", "rm", &busybox()]);
+    assert!(refused.stderr.contains("snapshot"), "{refused:?}");
+    host.kill_daemon();
+    host.start_daemon();
+    assert!(host.ok(["snapshots"]).contains("default/web"));
+    host.ok(["snapshot", "rm", "first"]);
+    assert_eq!(entries(&host, "snapshots"), 0);
+}
+
+#[test]
+fn a_flintd_or_a_vmm_that_is_killed_over_a_snapshot_leaves_nothing_of_it() {
+    let mut host = Host::start();
+    host.start_pod("web", COUNTS, "");
+    let create = |host: &Host| {
+        let mut command = host.command(["snapshot", "create", "web", "x"]);
+        command
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .expect("it starts")
+    };
+    let being_made = |host: &Host| {
+        let deadline = Instant::now() + LIMIT;
+        // The VMM writes the memory file: until then nothing tells that it has begun.
+        while fs::metadata(host.path("state/snapshots/.new-x/memory")).map_or(0, |data| data.blocks()) == 0 {
+            assert!(Instant::now() < deadline, "it is not being made");
+            thread::yield_now();
+        }
+    };
+
+    let mut client = create(&host);
+    being_made(&host);
+    host.kill_daemon();
+    client.wait().expect("wait");
+    host.start_daemon();
+    assert_eq!(entries(&host, "snapshots"), 0);
+    assert_eq!(status(&host, "web").as_deref(), Some("Running"));
+    host.ok(["exec", "web", "--", "true"]);
+
+    let mut client = create(&host);
+    being_made(&host);
+    host::kill(host.vmms()[0]);
+    assert_eq!(client.wait().expect("wait").code(), Some(1));
+    assert_eq!(entries(&host, "snapshots"), 0);
+}
+
+#[test]
+fn a_full_disk_fails_a_snapshot_and_the_pod_goes_on() {
+    let host = Host::start_on_disk(40 << 20);
+    host.start_pod("web", "sleep 1000", "");
+    // More than the disk has, and not of zeros.
+    let fill = "dd if=/dev/urandom of=/dev/shm/much bs=1M count=50";
+    host.ok(["exec", "web", "--", "sh", "-c", fill]);
+
+    let refused = host.flint(["snapshot", "create", "web"]);
+
+    assert!(refused.code == 1 && refused.stderr.contains("no room"), "{refused:?}");
+    assert_eq!(entries(&host, "snapshots"), 0);
+    host.ok(["exec", "web", "--", "true"]);
 }

@@ -7,7 +7,9 @@ use tonic_types::{ErrorDetails, FieldViolation, QuotaViolation, StatusExt as _};
 
 use crate::{
     backend::ImageError,
+    chain,
     pods::{PodError, journal::OutOfRange},
+    saved::SavedError,
 };
 
 /// Domain of every `ErrorInfo`.
@@ -67,6 +69,8 @@ impl From<PodError> for Status {
             PodError::Stale { .. } => fault(Code::Aborted, "STALE_GENERATION", message),
             PodError::NotUp(_) => fault(Code::FailedPrecondition, "POD_NOT_RUNNING", message),
             PodError::Terminating(_) => fault(Code::FailedPrecondition, "POD_TERMINATING", message),
+            PodError::Starting(_) => fault(Code::FailedPrecondition, "POD_STARTING", message),
+            PodError::Saved(error) => error.into(),
             PodError::Paused(_) => fault(Code::FailedPrecondition, "POD_PAUSED", message),
             PodError::Sandbox { .. } => fault(Code::Internal, "SANDBOX", message),
             PodError::NotEnded(_) => fault(Code::FailedPrecondition, "POD_NOT_ENDED", message),
@@ -75,6 +79,20 @@ impl From<PodError> for Status {
             PodError::NoPrevious(_) => fault(Code::NotFound, "NO_PREVIOUS_RUN", message),
             PodError::Store(_) => fault_retry(Code::Unavailable, "STORE", message, Duration::from_secs(5)),
             PodError::Logs { .. } => fault(Code::Internal, "LOGS", message),
+        }
+    }
+}
+
+impl From<SavedError> for Status {
+    fn from(error: SavedError) -> Self {
+        let message = chain(&error);
+        match error {
+            SavedError::Name(_) => bad_field("name", message),
+            SavedError::Exists(_) => fault(Code::AlreadyExists, "SNAPSHOT_EXISTS", message),
+            SavedError::NotFound(_) => fault(Code::NotFound, "SNAPSHOT_NOT_FOUND", message),
+            SavedError::TooMany(_) => fault(Code::ResourceExhausted, "TOO_MANY_SNAPSHOTS", message),
+            SavedError::NoSpace(_) => fault(Code::ResourceExhausted, "NO_SPACE", message),
+            SavedError::File { .. } => fault(Code::Internal, "SNAPSHOTS", message),
         }
     }
 }

@@ -69,7 +69,9 @@ impl Images for Api {
         let found = images.get(&name).await?;
         let found = found.ok_or_else(|| ImageError::NotFound(format!("no image {name} on this host")))?;
         if self.pods.images_in_use().contains(&found.image.digest) {
-            let message = format!("image {name} is in use by a pod: terminate the pod first");
+            let message = format!(
+                "image {name} is in use by a pod or a snapshot: terminate the pod, or remove the snapshot, first"
+            );
             return Err(fault(Code::FailedPrecondition, "IMAGE_IN_USE", message));
         }
         // A reference among several loses its name only; the store decides.

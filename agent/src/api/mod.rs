@@ -5,6 +5,7 @@ mod host;
 mod images;
 pub mod listen;
 mod pods;
+mod snapshots;
 mod streams;
 #[cfg(test)]
 mod tests;
@@ -13,7 +14,7 @@ use std::{pin::Pin, sync::Arc};
 
 use flint_api::host::{
     DESCRIPTORS, host_server::HostServer, images_server::ImagesServer, pods_server::PodsServer,
-    streams_server::StreamsServer,
+    snapshots_server::SnapshotsServer, streams_server::StreamsServer,
 };
 use futures::Stream;
 use tonic::{Status, service::Routes};
@@ -58,6 +59,7 @@ impl Api {
         reporter.set_serving::<HostServer<Api>>().await;
         reporter.set_serving::<ImagesServer<Api>>().await;
         reporter.set_serving::<StreamsServer<Api>>().await;
+        reporter.set_serving::<SnapshotsServer<Api>>().await;
         let reflection = || {
             Reflection::configure()
                 .register_encoded_file_descriptor_set(DESCRIPTORS)
@@ -79,6 +81,7 @@ impl Api {
                     .max_decoding_message_size(MAX_REQUEST)
                     .max_encoding_message_size(MAX_RESPONSE),
             )
+            .add_service(SnapshotsServer::new(self.clone()).max_decoding_message_size(MAX_REQUEST))
             .add_service(StreamsServer::new(self).max_decoding_message_size(MAX_REQUEST));
         Ok(routes.routes())
     }

@@ -1,7 +1,9 @@
 //! One task for each pod: performs what its state machine asks for and feeds back what came of it.
 //!
-//! [`standstill`] is what it does to have the sandbox pause and go on, [`takeover`] how it finds one of an earlier flintd.
+//! [`standstill`] is what it does to have the sandbox pause and go on, [`save`] how it makes a snapshot of it, [`takeover`] how it
+//! finds one of an earlier flintd.
 
+mod save;
 mod standstill;
 mod takeover;
 
@@ -29,6 +31,7 @@ use super::{
 };
 use crate::{
     backend::{Identity, Sandbox, SandboxError, SandboxExit, SandboxPlan},
+    saved::Draft,
     timeline::Timeline,
 };
 
@@ -46,6 +49,15 @@ pub(super) enum Command {
     Terminate(Duration),
     /// Something about its sandbox as a whole.
     Ask(Ask, Reply),
+    /// Save it.
+    Save(Box<SaveOrder>),
+}
+
+/// A snapshot that is to be made of the pod.
+#[derive(Debug)]
+pub(super) struct SaveOrder {
+    pub(super) draft: Draft,
+    pub(super) reply: oneshot::Sender<Result<host::Snapshot, PodError>>,
 }
 
 /// What a sandbox can be asked for.
@@ -219,6 +231,7 @@ impl Actor {
             }
             Input::Stood(result, reply) => self.stood(result, reply).await,
             Input::Went(result, reply) => self.went(result, reply).await,
+            Input::Command(Command::Save(order)) => self.save(*order),
             Input::Command(Command::Ask(ask, reply)) => match &mut self.early {
                 Some(early) => early.push((ask, reply)),
                 None => self.ask(ask, reply),

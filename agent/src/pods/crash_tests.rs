@@ -217,7 +217,7 @@ fn spec() -> host::PodSpec {
     }
 }
 
-fn context(world: &World, life: &Life, journal: Journal, logs: &std::path::Path) -> Context {
+fn context(world: &World, life: &Life, journal: Journal, folder: &std::path::Path) -> Context {
     let amounts = host::Amounts {
         cpu_milli: 2000,
         memory_bytes: 1 << 30,
@@ -228,7 +228,7 @@ fn context(world: &World, life: &Life, journal: Journal, logs: &std::path::Path)
         sandboxes: Arc::new(world.seen_by(life.clone())),
         images: Arc::new(world.seen_by(life.clone())),
         journal,
-        logs: Arc::new(Logs::new(logs.to_owned())),
+        logs: Arc::new(Logs::new(folder.join("logs"))),
         metrics: Arc::new(Metrics::new()),
         ledger: Ledger::new(amounts),
         sizing: Sizing {
@@ -237,6 +237,7 @@ fn context(world: &World, life: &Life, journal: Journal, logs: &std::path::Path)
             default_scratch_bytes: 1 << 20,
             host_cpus: 2,
         },
+        saved: SavedPods::open(&folder.join("snapshots"), 2).unwrap(),
         host_changed: watch::Sender::new(0),
     }
 }
@@ -323,8 +324,8 @@ fn story(course: Course, kills: &[usize]) -> usize {
     };
     assert_eq!(client.end, Some(phase), "{kills:?}: {world:?}");
     world.assert_clean(&format!("{course:?} killed at {kills:?}"));
-    let logs: Vec<_> =
-        std::fs::read_dir(folder.path()).map_or_else(|_| Vec::new(), |entries| entries.flatten().collect());
+    let logs: Vec<_> = std::fs::read_dir(folder.path().join("logs"))
+        .map_or_else(|_| Vec::new(), |entries| entries.flatten().collect());
     assert!(logs.is_empty(), "{kills:?}: logs of a forgotten pod: {logs:?}");
     operations
 }

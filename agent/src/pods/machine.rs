@@ -257,6 +257,15 @@ impl Machine {
         self.terminating.is_some()
     }
 
+    /// Whether a container is being made or started just now.
+    pub fn is_starting(&self) -> bool {
+        self.containers.iter().any(|container| match &container.state {
+            State::Starting => true,
+            State::Waiting { reason, .. } => reason == "ContainerCreating" || reason == "PodInitializing",
+            State::Running { .. } | State::Ended(_) => false,
+        })
+    }
+
     /// Whether the pod stands still.
     pub fn is_paused(&self) -> bool {
         self.pause.is_some()

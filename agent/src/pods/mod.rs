@@ -36,10 +36,11 @@ use crate::{
     logs::{Logs, Query},
     metrics::Metrics,
     probe::KvmKind,
+    saved::{SavedError, SavedPods},
     store::{Change, Loaded},
     timeline::Timeline,
 };
-use actor::{Actor, Ask, Command, Handle};
+use actor::{Actor, Ask, Command, Handle, SaveOrder};
 use admission::{Ledger, Shortage, Sizing};
 use attached::Attached;
 use journal::Journal;
@@ -82,6 +83,12 @@ pub enum PodError {
     /// It is on its way to its end.
     #[error("pod {0} is being ended")]
     Terminating(String),
+    /// A container is on its way.
+    #[error("a container of pod {0} is being started just now: try again when it runs")]
+    Starting(String),
+    /// Its snapshot could not be made.
+    #[error(transparent)]
+    Saved(#[from] SavedError),
     /// It stands still.
     #[error("pod {0} is paused: resume it first")]
     Paused(String),
@@ -148,6 +155,8 @@ pub struct Context {
     pub ledger: Ledger,
     /// Sizes.
     pub sizing: Sizing,
+    /// Snapshots of this host.
+    pub saved: SavedPods,
     /// Told when what the host shows of itself changes.
     pub host_changed: watch::Sender<u64>,
 }
@@ -353,6 +362,21 @@ impl Pods {
         self.ask(uid, Ask::Resume).await
     }
 
+    /// Saves a pod under a name; an empty one is chosen.
+    pub async fn save(&self, uid: &str, name: &str) -> Result<host::Snapshot, PodError> {
+        let pod = self.get(uid)?;
+        let not_up = || PodError::NotUp(uid.to_owned());
+        let actor = self.actors().get(uid).cloned().ok_or_else(not_up)?;
+        if has_ended(&pod) {
+            return Err(not_up());
+        }
+        let draft = self.context.saved.begin(name, &pod.meta.unwrap_or_default().name)?;
+        let (reply, answer) = oneshot::channel();
+        actor.send(Command::Save(Box::new(SaveOrder { draft, reply }))).await;
+        // A task that has ended meanwhile has dropped the order.
+        answer.await.map_err(|_| not_up())?
+    }
+
     /// Has a pod's task do something, and answers with the pod after it.
     async fn ask(&self, uid: &str, ask: Ask) -> Result<host::Pod, PodError> {
         let not_up = || PodError::NotUp(uid.to_owned());
@@ -428,7 +452,7 @@ impl Pods {
         &self.context
     }
 
-    /// Digests of images that pods need.
+    /// Digests of images that pods and snapshots need.
     pub fn images_in_use(&self) -> HashSet<String> {
         let (pods, _) = self.context.journal.list();
         let statuses = pods
@@ -438,6 +462,7 @@ impl Pods {
         statuses
             .flat_map(|status| &status.containers)
             .map(|container| container.image_digest.clone())
+            .chain(self.context.saved.images())
             .collect()
     }
 

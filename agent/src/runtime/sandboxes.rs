@@ -8,10 +8,11 @@ use tonic::{async_trait, transport::Channel};
 use tracing::warn;
 
 use crate::{
-    backend::{Sandbox, SandboxError, SandboxExit, SandboxPlan, Sandboxes, TakeOver},
+    backend::{Sandbox, SandboxError, SandboxExit, SandboxPlan, Sandboxes, SaveError, SavedMachine, TakeOver},
     chain,
     probe::KvmKind,
-    sandbox::{self, DiskSource, DiskSpec, Exited, Manager, NetSpec, SandboxSpec, TakenOver},
+    sandbox::{self, DiskSource, DiskSpec, Exited, Manager, NetSpec, SandboxSpec, TakenOver, is_disk_full},
+    saved::SavedFiles,
     timeline::Timeline,
 };
 
@@ -167,6 +168,16 @@ impl Sandbox for MicroVm {
 
     async fn resume(&self) -> Result<(), SandboxError> {
         self.sandbox.resume().await.map_err(|error| SandboxError(chain(&error)))
+    }
+
+    async fn save(&self, files: Arc<SavedFiles>) -> Result<SavedMachine, SaveError> {
+        self.sandbox.save(files).await.map_err(|error| {
+            if is_disk_full(&error) {
+                SaveError::NoSpace
+            } else {
+                SaveError::Failed(chain(&error))
+            }
+        })
     }
 
     async fn is_paused(&self) -> Result<bool, SandboxError> {

@@ -15,6 +15,7 @@
 //! - [`shell`]: the steps of a start, as types.
 //! - [`control`], [`packet`]: the VMM control protocol.
 //! - [`supervisor`]: one task for each sandbox; says why it ended.
+//! - [`save`]: a sandbox that stands still, written into files.
 //! - [`intent`]: what a sandbox holds on this host, on disk before it is taken.
 //! - [`guest`]: gRPC to flint-init over the VMM's vsock socket.
 
@@ -25,6 +26,7 @@ mod manager;
 mod means;
 mod packet;
 pub mod pool;
+mod save;
 mod shell;
 mod supervisor;
 mod supplies;
@@ -42,6 +44,7 @@ use tokio::sync::watch;
 use tonic::transport::Channel;
 
 pub use self::manager::{Config, Manager};
+pub(crate) use self::save::is_disk_full;
 use crate::{cgroup::CgroupError, network::NetworkError, probe::KvmError, process::SpawnError, scratch::ScratchError};
 
 /// What a sandbox is to be made of.

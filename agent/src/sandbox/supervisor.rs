@@ -80,6 +80,7 @@ pub(super) type Attach = oneshot::Sender<Result<Attached, Exited>>;
 /// The end of a sandbox: to bring it about, and to wait for it.
 #[derive(Clone, Debug)]
 pub(super) struct End {
+    cgroup: Cgroup,
     kill: CancellationToken,
     exited: watch::Receiver<Option<Exited>>,
     dialled: watch::Receiver<bool>,
@@ -87,6 +88,11 @@ pub(super) struct End {
 }
 
 impl End {
+    /// Where its processes are.
+    pub(super) fn cgroup(&self) -> &Cgroup {
+        &self.cgroup
+    }
+
     pub(super) fn kill(&self) {
         self.kill.cancel();
     }
@@ -142,6 +148,7 @@ pub(super) fn supervise(held: Held) -> (End, Attach) {
     let (exited_sender, exited) = watch::channel(None);
     let (dialled_sender, dialled) = watch::channel(false);
     let end = End {
+        cgroup: held.cgroup.clone(),
         kill: CancellationToken::new(),
         exited,
         dialled,

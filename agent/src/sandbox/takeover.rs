@@ -29,8 +29,8 @@ use crate::{
     process::Process,
 };
 
-/// How long a VMM of an earlier flintd may take to answer.
-const TAKE_OVER_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long a VMM of an earlier flintd may take to answer. One that is saving its guest's memory answers when it is done.
+const TAKE_OVER_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// What a folder of an earlier flintd stands for.
 #[derive(Debug)]

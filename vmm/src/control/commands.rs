@@ -50,7 +50,7 @@ pub enum Phase {
 }
 
 /// What a request comes to, if it is not refused.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Debug, PartialEq)]
 pub enum Answer {
     /// Done.
     Ok,
@@ -58,10 +58,19 @@ pub enum Answer {
     Later,
     /// Saved.
     Saved(Report),
-    /// The phase, the counters, and what the guest has of its memory.
-    State(WirePhase, Vec<(String, u64)>, Option<MemoryState>),
+    /// The phase, the counters, and what is known of the machine, if there is one.
+    State(WirePhase, Vec<(String, u64)>, Option<About>),
     /// Done; the sandbox is to end.
     Stop,
+}
+
+/// What a machine is, and what its guest has of its memory.
+#[derive(Debug, PartialEq)]
+pub struct About {
+    /// How far the guest has followed what it was told about memory.
+    pub memory: MemoryState,
+    /// What it was made as, without an identity.
+    pub machine: CreateMachine,
 }
 
 /// A refusal, as it goes over the wire.
@@ -345,7 +354,11 @@ impl Phase {
     fn state(&self) -> Answer {
         let machine = self.machine();
         let counters = machine.map(Machine::counters).unwrap_or_default();
-        Answer::State(self.wire(), counters, machine.map(Machine::memory_state))
+        let about = machine.map(|machine| About {
+            memory: machine.memory_state(),
+            machine: machine.shape().clone(),
+        });
+        Answer::State(self.wire(), counters, about)
     }
 
     fn wire(&self) -> WirePhase {

@@ -225,10 +225,14 @@ impl Server {
             Ok(Answer::Saved(report)) => response::Result::Ok(WireOk {
                 saved: Some(saved(&report)),
             }),
-            Ok(Answer::State(phase, counters, memory)) => response::Result::State(State {
-                memory,
-                ..self.state(phase, counters)
-            }),
+            Ok(Answer::State(phase, counters, about)) => {
+                let (memory, machine) = about.map(|about| (about.memory, about.machine)).unzip();
+                response::Result::State(State {
+                    memory,
+                    machine,
+                    ..self.state(phase, counters)
+                })
+            }
             Err(Failure { code, message }) => response::Result::Error(WireError {
                 code: code.into(),
                 message,
@@ -253,6 +257,7 @@ impl Server {
             uptime_us,
             counters: counters.into_iter().collect(),
             memory: None,
+            machine: None,
         }
     }
 

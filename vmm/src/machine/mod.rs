@@ -307,6 +307,12 @@ impl Machine {
         bind("balloon", self.balloon.as_slice(), 0, Target { pages })
     }
 
+    /// What it was made as, without what is an identity.
+    #[must_use]
+    pub fn shape(&self) -> &CreateMachine {
+        &self.shape
+    }
+
     /// How far the guest has followed [`Self::set_memory`] and [`Self::set_balloon`].
     #[must_use]
     pub fn memory_state(&self) -> MemoryState {

@@ -2,6 +2,7 @@
 
 mod pause;
 mod scripted;
+mod snapshots;
 mod streams;
 
 use std::{path::Path, sync::Arc, time::Duration};
@@ -33,6 +34,7 @@ use crate::{
         admission::{Ledger, Sizing},
         journal::Journal,
     },
+    saved::SavedPods,
     store::Store,
 };
 
@@ -77,6 +79,7 @@ impl Flintd {
                 default_scratch_bytes: MIB,
                 host_cpus: 2,
             },
+            saved: SavedPods::open(&folder.join("snapshots"), 2).unwrap(),
             host_changed: tokio::sync::watch::Sender::new(0),
         });
         let pods = Pods::start(context, loaded).await;

@@ -3,6 +3,7 @@
 use flint_api::host::host_client::HostClient;
 use flint_api::host::images_client::ImagesClient;
 use flint_api::host::pods_client::PodsClient;
+use flint_api::host::snapshots_client::SnapshotsClient;
 use flint_api::host::streams_client::StreamsClient;
 use flint_api::host::{ListPodsRequest, Pod, PodMeta};
 use tonic::transport::Channel;
@@ -40,6 +41,10 @@ impl Client {
 
     pub fn images(&self) -> ImagesClient<Channel> {
         ImagesClient::new(self.channel.clone()).max_decoding_message_size(MAX_MESSAGE)
+    }
+
+    pub fn snapshots(&self) -> SnapshotsClient<Channel> {
+        SnapshotsClient::new(self.channel.clone()).max_decoding_message_size(MAX_MESSAGE)
     }
 
     /// The pod that `name` means.

@@ -20,6 +20,7 @@ mod logs;
 mod output;
 mod pods;
 mod run;
+mod snapshots;
 mod standstill;
 mod target;
 mod terminal;
@@ -81,6 +82,9 @@ enum Command {
     Pause(standstill::Pause),
     /// Have paused pods go on.
     Resume(standstill::Resume),
+    /// Save pods as they run; list and remove what was saved.
+    #[command(visible_alias = "snapshot")]
+    Snapshots(snapshots::Snapshots),
     /// End pods: TERM, the grace period, KILL.
     Stop(pods::Stop),
     /// Remove ended pods with their logs.
@@ -132,6 +136,7 @@ async fn dispatch(flint: Flint, format: Format) -> Result<u8, Failure> {
         Command::Exec(exec) => exec.execute(connect().await?).await,
         Command::Pause(pause) => pause.execute(connect().await?, format).await,
         Command::Resume(resume) => resume.execute(connect().await?, format).await,
+        Command::Snapshots(snapshots) => snapshots.execute(connect().await?, format).await,
         Command::Stop(stop) => stop.execute(connect().await?).await,
         Command::Rm(rm) => rm.execute(connect().await?).await,
         Command::Timeline(timeline) => timeline.execute(connect().await?, format).await,

@@ -1,0 +1,136 @@
+//! A pod is saved as it runs.
+//!
+//! Memory and disk have to be of the same moment, so the sandbox stands still for both. The record does not say so: a flintd that
+//! is killed over it leaves a sandbox that the next one has go on, and files without a name that it removes.
+
+use std::{
+    io,
+    sync::Arc,
+    time::{Duration, Instant, SystemTime},
+};
+
+use flint_api::host;
+use tracing::{info, warn};
+
+use super::{
+    super::{PodError, PodRecord, machine::Life, timestamp},
+    Actor, SaveOrder,
+};
+use crate::{
+    backend::{Sandbox, SandboxError, SaveError, SavedMachine},
+    saved::{Draft, SavedFiles, SavedRecord},
+};
+
+/// What a snapshot is made of.
+struct Job {
+    uid: String,
+    sandbox: Arc<dyn Sandbox>,
+    draft: Draft,
+    record: PodRecord,
+    disks: Vec<String>,
+}
+
+impl Actor {
+    /// Makes a snapshot, beside the actor.
+    pub(super) fn save(&mut self, order: SaveOrder) {
+        let SaveOrder { draft, reply } = order;
+        let refusal = match &self.sandbox {
+            Some(_) if self.machine.is_terminating() => PodError::Terminating(self.uid.clone()),
+            Some(_) if self.machine.is_starting() => PodError::Starting(self.uid.clone()),
+            Some(sandbox) if self.machine.life() == Life::Up => {
+                let job = Job {
+                    uid: self.uid.clone(),
+                    sandbox: sandbox.clone(),
+                    draft,
+                    record: self.record.clone(),
+                    disks: self.disks.clone(),
+                };
+                let turn = self.turn.clone();
+                self.spawn(async move {
+                    // Whoever asked may have hung up; the snapshot is there all the same.
+                    let _ = reply.send(job.run(&turn).await);
+                    None
+                });
+                return;
+            }
+            _ => PodError::NotUp(self.uid.clone()),
+        };
+        let _ = reply.send(Err(refusal));
+    }
+}
+
+impl Job {
+    async fn run(self, turn: &tokio::sync::Mutex<()>) -> Result<host::Snapshot, PodError> {
+        let files = Arc::new(self.draft.files()?);
+        let stood = {
+            let _turn = turn.lock().await;
+            self.stand_and_save(&files).await
+        };
+        let (machine, paused_for) = stood?;
+        let Self {
+            uid,
+            draft,
+            record,
+            disks,
+            ..
+        } = self;
+        let record = describe(record, disks, machine, paused_for);
+        let finished = tokio::task::spawn_blocking(move || draft.finish(&files, record)).await;
+        let snapshot = finished.map_err(|error| failed(&uid, "saving it", &error.to_string()))??;
+        info!(uid, snapshot = snapshot.name, ?paused_for, "saved a pod");
+        Ok(snapshot)
+    }
+
+    /// Saves the sandbox, which goes on afterwards as before. Says for how long it stood still.
+    async fn stand_and_save(&self, files: &Arc<SavedFiles>) -> Result<(SavedMachine, Duration), PodError> {
+        let pausing = |error: SandboxError| failed(&self.uid, "pausing it", &error.to_string());
+        if self.sandbox.is_paused().await.map_err(pausing)? {
+            return Ok((self.save(files).await?, Duration::ZERO));
+        }
+        let begun = Instant::now();
+        self.sandbox.pause().await.map_err(pausing)?;
+        let saved = self.save(files).await;
+        if let Err(error) = self.sandbox.resume().await {
+            // If its end is why, this changes nothing.
+            warn!(uid = self.uid, %error, "the sandbox cannot go on after it was saved, ending it");
+            self.sandbox.kill().await;
+        }
+        Ok((saved?, begun.elapsed()))
+    }
+
+    async fn save(&self, files: &Arc<SavedFiles>) -> Result<SavedMachine, PodError> {
+        self.sandbox.save(files.clone()).await.map_err(|error| match error {
+            SaveError::NoSpace => self.draft.refused(io::ErrorKind::StorageFull.into()).into(),
+            SaveError::Failed(why) => failed(&self.uid, "saving it", &why),
+        })
+    }
+}
+
+fn failed(uid: &str, doing: &'static str, why: &str) -> PodError {
+    PodError::Sandbox {
+        uid: uid.to_owned(),
+        doing,
+        why: why.to_owned(),
+    }
+}
+
+fn describe(record: PodRecord, disks: Vec<String>, saved: SavedMachine, paused_for: Duration) -> SavedRecord {
+    let meta = record.pod.as_ref().and_then(|pod| pod.meta.clone());
+    let snapshot = host::Snapshot {
+        created_at: Some(timestamp(SystemTime::now())),
+        pod: meta,
+        images: disks.clone(),
+        vcpus: saved.machine.vcpus,
+        memory_bytes: saved.machine.memory_bytes,
+        // A duration of this process fits.
+        paused_for: paused_for.try_into().ok(),
+        ..host::Snapshot::default()
+    };
+    SavedRecord {
+        snapshot: Some(snapshot),
+        pod: Some(record),
+        machine: Some(saved.machine),
+        disks,
+        mac: saved.mac,
+    }
+}
