@@ -95,6 +95,33 @@ fn a_clone_of_a_clone_goes_on() {
 }
 
 #[test]
+fn what_a_machine_says_that_it_was_made_as_loads_its_snapshot_with_another_identity() {
+    let (mut vmm, mut serial) = Vmm::with_machine(CreateMachine {
+        nets: vec![net_slot()],
+        vsock: Some(VsockSlot { guest_cid: 3 }),
+        rng: true,
+        ..with_disk(2)
+    });
+    start(&mut vmm, &[drive(1), letters()].concat());
+    let mut text = read(&mut serial, 30);
+    let saved = pause_and_save(&mut vmm);
+    text += &drain(&mut serial);
+    let state = vmm.call(Command::GetState(GetState {}), &[]).unwrap().unwrap();
+    let mut machine = state.machine.unwrap();
+    assert_eq!(
+        (&machine.nets, machine.vsock),
+        (&vec![NetSlot::default()], Some(VsockSlot::default())),
+        "an identity is not part of it"
+    );
+
+    machine.nets[0].mac = vec![2, 0, 0, 0, 0, 9];
+    machine.vsock = Some(VsockSlot { guest_cid: 77 });
+    let (_clone, mut serial) = saved.cloned(machine);
+
+    assert_alphabet(&(text + &read(&mut serial, 30)));
+}
+
+#[test]
 fn save_restore_save_is_equal_in_every_byte() {
     let (mut vmm, mut serial) = Vmm::with_machine(CreateMachine {
         nets: vec![net_slot()],
