@@ -3,6 +3,7 @@
 mod host;
 
 use std::fs;
+use std::io;
 use std::os::unix::fs::MetadataExt as _;
 use std::process::{Command, Stdio};
 use std::thread;
@@ -192,11 +193,14 @@ fn a_flintd_or_a_vmm_that_is_killed_over_a_snapshot_leaves_nothing_of_it() {
 
 #[test]
 fn a_full_disk_fails_a_snapshot_and_the_pod_goes_on() {
-    let host = Host::start_on_disk(40 << 20);
+    let host = Host::start_on_disk(160 << 20);
     host.start_pod("web", "sleep 1000", "");
-    // More than the disk has, and not of zeros.
-    let fill = "dd if=/dev/urandom of=/dev/shm/much bs=1M count=50";
-    host.ok(["exec", "web", "--", "sh", "-c", fill]);
+    // Leaves a fraction of what the guest has in memory.
+    let mut filler = fs::File::create(host.path("state/filler")).expect("make a file");
+    let full = io::copy(&mut io::repeat(1), &mut filler).expect_err("the disk gets full");
+    assert_eq!(full.kind(), io::ErrorKind::StorageFull);
+    let length = filler.metadata().expect("it is there").len();
+    filler.set_len(length - (4 << 20)).expect("make some room");
 
     let refused = host.flint(["snapshot", "create", "web"]);
 

@@ -97,7 +97,9 @@ fn find_disk(process: i32, descriptors: impl Iterator<Item = PathBuf>) -> io::Re
 
 fn is_disk(vmm: i32, number: &str, path: &Path) -> io::Result<bool> {
     let data = fs::metadata(path)?;
-    if !data.is_file() || data.nlink() > 0 || fs::read_link(path)?.starts_with("/memfd:") {
+    // The name of a memfd is no path of components.
+    let is_memory = || Ok::<_, io::Error>(fs::read_link(path)?.to_string_lossy().starts_with("/memfd:"));
+    if !data.is_file() || data.nlink() > 0 || is_memory()? {
         return Ok(false);
     }
     let info = fs::read_to_string(format!("/proc/{vmm}/fdinfo/{number}"))?;
@@ -121,7 +123,9 @@ mod tests {
         let file = || tempfile::tempfile_in(folder.path()).unwrap();
         let (disk, second) = (file(), file());
         let log = File::create(folder.path().join("log")).unwrap();
-        let image = File::open(format!("/proc/self/fd/{}", file().as_raw_fd())).unwrap();
+        let packs = tempfile::NamedTempFile::new_in(folder.path()).unwrap();
+        let image = File::open(packs.path()).unwrap();
+        drop(packs);
         let memory = memfd_create("memory", MFdFlags::empty()).unwrap();
         let own = i32::try_from(std::process::id()).unwrap();
         let path = |fd: &dyn AsRawFd| PathBuf::from(format!("/proc/{own}/fd/{}", fd.as_raw_fd()));
