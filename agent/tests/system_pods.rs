@@ -6,7 +6,7 @@ use std::fs;
 use std::io::Write;
 use std::process::{Command, Stdio};
 
-use host::{Host, LIMIT, busybox, image, lines_of, run};
+use host::{Host, busybox, image, run};
 
 #[test]
 fn an_image_from_a_registry_runs_and_tells_how_its_start_went() {
@@ -276,17 +276,7 @@ fn a_killed_flintd_finds_its_pods_again_and_loses_no_output() {
     assert_eq!(before, after, "it is the same machine");
     let refused = host.flint(["images", "rm", &busybox()]);
     assert!(refused.code == 1 && refused.stderr.contains("in use"), "{refused:?}");
-    let mut child = host
-        .command(["logs", "-f", "long"])
-        .stdout(Stdio::piped())
-        .spawn()
-        .unwrap();
-    let lines = lines_of(child.stdout.take().unwrap());
-    for expected in 0..40 {
-        assert_eq!(lines.recv_timeout(LIMIT).as_deref(), Ok(expected.to_string().as_str()));
-    }
-    child.kill().unwrap();
-    child.wait().unwrap();
+    host.assert_counts("long", 40);
     assert_eq!(host.pod("long")["status"]["containers"][0]["restartCount"], 0);
 }
 

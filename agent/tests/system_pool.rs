@@ -11,12 +11,11 @@ mod host;
 
 use std::{
     collections::HashSet,
-    process::Stdio,
     thread,
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
-use host::{Done, Host, LIMIT, busybox, lines_of};
+use host::{Done, Host, busybox};
 use serde_json::Value;
 
 /// What must differ between any two machines, a line each; then the time.
@@ -144,17 +143,7 @@ fn a_killed_flintd_finds_its_clones_again_and_takes_the_template_as_it_is() {
     host.kill_daemon();
     host.start_daemon();
     assert_eq!(before, uuid(&host), "it is the same machine");
-    let mut child = host
-        .command(["logs", "-f", "long"])
-        .stdout(Stdio::piped())
-        .spawn()
-        .unwrap();
-    let lines = lines_of(child.stdout.take().unwrap());
-    for expected in 0..40 {
-        assert_eq!(lines.recv_timeout(LIMIT).as_deref(), Ok(expected.to_string().as_str()));
-    }
-    child.kill().unwrap();
-    child.wait().unwrap();
+    host.assert_counts("long", 40);
     assert_eq!(host.pod("long")["status"]["containers"][0]["restartCount"], 0);
     host.wait_pool_full(2);
     assert_eq!(

@@ -248,6 +248,16 @@ impl Host {
         (child, lines)
     }
 
+    /// Follows a pod's log, which must be the numbers from 0 on, as far as `end`.
+    pub fn assert_counts(&self, name: &str, end: u32) {
+        let (mut child, lines) = self.follow(name);
+        for expected in 0..end {
+            assert_eq!(lines.recv_timeout(LIMIT).as_deref(), Ok(expected.to_string().as_str()));
+        }
+        child.kill().expect("kill");
+        child.wait().expect("wait");
+    }
+
     /// The most memory that flintd has had, in KiB.
     pub fn daemon_peak(&self) -> u64 {
         peak(i32::try_from(self.daemon.as_ref().expect("flintd runs").id()).expect("a pid"))

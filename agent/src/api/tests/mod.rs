@@ -166,6 +166,15 @@ impl Flintd {
         }
     }
 
+    /// One with a pod "a" that runs.
+    async fn with_running_pod(folder: &Path) -> Self {
+        let flintd = Self::start(folder).await;
+        let (meta, spec) = pod("a");
+        flintd.apply(meta, spec).await.unwrap();
+        flintd.running("a").await;
+        flintd
+    }
+
     async fn running(&self, uid: &str) -> host::Pod {
         self.until(uid, |status| {
             matches!(status.containers[0].state, Some(State::Running(_)))

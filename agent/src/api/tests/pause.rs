@@ -36,15 +36,6 @@ impl Flintd {
     }
 }
 
-/// A flintd with a pod that runs.
-async fn running(folder: &tempfile::TempDir) -> Flintd {
-    let flintd = Flintd::start(folder.path()).await;
-    let (meta, spec) = pod("a");
-    flintd.apply(meta, spec).await.unwrap();
-    flintd.running("a").await;
-    flintd
-}
-
 fn is_paused(pod: &host::Pod) -> bool {
     pod.status.as_ref().unwrap().paused_at.is_some()
 }
@@ -64,7 +55,7 @@ async fn exec(flintd: &Flintd) -> Result<tonic::Streaming<host::ExecResponse>, S
 #[tokio::test]
 async fn a_paused_pod_stands_still_and_goes_on_when_it_is_resumed() {
     let folder = tempfile::tempdir().unwrap();
-    let flintd = running(&folder).await;
+    let flintd = Flintd::with_running_pod(folder.path()).await;
     let from_revision = flintd.pods().list_pods(host::ListPodsRequest {}).await.unwrap();
     let from_revision = from_revision.into_inner().revision;
 
@@ -100,7 +91,7 @@ async fn a_paused_pod_stands_still_and_goes_on_when_it_is_resumed() {
 #[tokio::test]
 async fn what_cannot_be_paused_says_why() {
     let folder = tempfile::tempdir().unwrap();
-    let flintd = running(&folder).await;
+    let flintd = Flintd::with_running_pod(folder.path()).await;
     let unknown = flintd.pause("b").await.unwrap_err();
     assert_eq!(reason(&unknown), "POD_NOT_FOUND");
 
@@ -123,7 +114,7 @@ async fn what_cannot_be_paused_says_why() {
 #[tokio::test]
 async fn a_sandbox_that_does_not_stand_still_leaves_its_pod_running() {
     let folder = tempfile::tempdir().unwrap();
-    let flintd = running(&folder).await;
+    let flintd = Flintd::with_running_pod(folder.path()).await;
     flintd.guest.refuse_pauses();
     let failed = flintd.pause("a").await.unwrap_err();
     assert_eq!((failed.code(), reason(&failed).as_str()), (Code::Internal, "SANDBOX"));
@@ -134,7 +125,7 @@ async fn a_sandbox_that_does_not_stand_still_leaves_its_pod_running() {
 #[tokio::test]
 async fn a_paused_pod_that_is_stopped_ends_in_good_order() {
     let folder = tempfile::tempdir().unwrap();
-    let flintd = running(&folder).await;
+    let flintd = Flintd::with_running_pod(folder.path()).await;
     flintd.pause("a").await.unwrap();
     flintd.terminate("a", 30).await;
     flintd.until("a", |status| status.phase() == Phase::Failed).await;
@@ -144,7 +135,7 @@ async fn a_paused_pod_that_is_stopped_ends_in_good_order() {
 #[tokio::test]
 async fn a_paused_pod_that_is_killed_does_not_run_again() {
     let folder = tempfile::tempdir().unwrap();
-    let flintd = running(&folder).await;
+    let flintd = Flintd::with_running_pod(folder.path()).await;
     flintd.pause("a").await.unwrap();
     flintd.terminate("a", 0).await;
     let ended = flintd.until("a", |status| status.phase() == Phase::Failed).await;
@@ -155,7 +146,7 @@ async fn a_paused_pod_that_is_killed_does_not_run_again() {
 #[tokio::test]
 async fn a_stale_lease_pauses_nothing() {
     let folder = tempfile::tempdir().unwrap();
-    let flintd = running(&folder).await;
+    let flintd = Flintd::with_running_pod(folder.path()).await;
     let lease = host::AcquireLeaseRequest {
         holder: "node-a".into(),
         duration: Some(prost_types::Duration { seconds: 60, nanos: 0 }),

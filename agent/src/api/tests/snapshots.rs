@@ -3,7 +3,7 @@
 use flint_api::host::{self, pod_status::Phase, snapshots_client::SnapshotsClient};
 use tonic::{Code, Status, transport::Channel};
 
-use super::{Flintd, pod, reason};
+use super::{Flintd, reason};
 use crate::backend::SaveError;
 
 impl Flintd {
@@ -27,18 +27,10 @@ impl Flintd {
     }
 }
 
-async fn running(folder: &tempfile::TempDir) -> Flintd {
-    let flintd = Flintd::start(folder.path()).await;
-    let (meta, spec) = pod("a");
-    flintd.apply(meta, spec).await.unwrap();
-    flintd.running("a").await;
-    flintd
-}
-
 #[tokio::test]
 async fn a_running_pod_is_saved_and_goes_on_and_its_image_is_kept() {
     let folder = tempfile::tempdir().unwrap();
-    let flintd = running(&folder).await;
+    let flintd = Flintd::with_running_pod(folder.path()).await;
 
     let saved = flintd.save("a", "").await.unwrap();
 
@@ -75,7 +67,7 @@ async fn a_running_pod_is_saved_and_goes_on_and_its_image_is_kept() {
 #[tokio::test]
 async fn a_paused_pod_is_saved_and_stays_paused() {
     let folder = tempfile::tempdir().unwrap();
-    let flintd = running(&folder).await;
+    let flintd = Flintd::with_running_pod(folder.path()).await;
     let request = host::PausePodRequest {
         uid: "a".into(),
         ..Default::default()
@@ -91,7 +83,7 @@ async fn a_paused_pod_is_saved_and_stays_paused() {
 #[tokio::test]
 async fn a_pod_whose_saving_fails_goes_on_and_nothing_is_left() {
     let folder = tempfile::tempdir().unwrap();
-    let flintd = running(&folder).await;
+    let flintd = Flintd::with_running_pod(folder.path()).await;
     let failures = [
         (SaveError::NoSpace, Code::ResourceExhausted, "NO_SPACE"),
         (SaveError::Failed("KVM is gone".into()), Code::Internal, "SANDBOX"),
@@ -110,7 +102,7 @@ async fn a_pod_whose_saving_fails_goes_on_and_nothing_is_left() {
 #[tokio::test]
 async fn what_cannot_be_saved_says_why() {
     let folder = tempfile::tempdir().unwrap();
-    let flintd = running(&folder).await;
+    let flintd = Flintd::with_running_pod(folder.path()).await;
     assert_eq!(reason(&flintd.save("b", "").await.unwrap_err()), "POD_NOT_FOUND");
     assert_eq!(reason(&flintd.save("a", "../x").await.unwrap_err()), "INVALID");
     flintd.save("a", "x").await.unwrap();
