@@ -34,6 +34,9 @@ use tempfile::TempDir;
 /// Longest wait for anything. Emulated hosts are slow, and a test must not hang.
 pub const LIMIT: Duration = Duration::from_secs(120);
 
+/// How much of a log is shown of a test that failed.
+const LAST_WORDS: usize = 8 << 10;
+
 /// A running flintd with everything that belongs to it.
 pub struct Host {
     dir: TempDir,
@@ -279,11 +282,27 @@ impl Host {
     }
 }
 
+impl Host {
+    /// For whoever reads of a test that failed: what flintd said, what became of the pods, the last words of each guest.
+    fn tell_what_is_there(&self) {
+        eprintln!("--- flintd's log\n{}", self.daemon_log());
+        eprintln!("--- pods\n{}", self.flint(["--json", "ps", "--all"]).stdout);
+        for sandbox in names_in(self.path("run").join("sandboxes")) {
+            for log in ["vmm.log", "serial.log"] {
+                let path = self.path("run").join("sandboxes").join(&sandbox).join(log);
+                let words = fs::read(&path).unwrap_or_default();
+                let last = &words[words.len().saturating_sub(LAST_WORDS)..];
+                eprintln!("--- {log} of {sandbox}\n{}", String::from_utf8_lossy(last));
+            }
+        }
+    }
+}
+
 impl Drop for Host {
     /// Ends all pods and flintd, then looks for what is left.
     fn drop(&mut self) {
         if thread::panicking() {
-            eprintln!("--- flintd's log\n{}", self.daemon_log());
+            self.tell_what_is_there();
         }
         if self.daemon.is_some() {
             let _ = self.flint(["rm", "--all", "--force"]);
@@ -331,7 +350,7 @@ impl Traces {
     }
 }
 
-fn names_in(dir: &str) -> impl Iterator<Item = String> + use<> {
+fn names_in(dir: impl AsRef<Path>) -> impl Iterator<Item = String> {
     fs::read_dir(dir)
         .into_iter()
         .flatten()
