@@ -268,6 +268,7 @@ fn a_vcpu_that_was_never_started_is_started_in_the_clone() {
         ..Default::default()
     };
     let mut serial = claim(&mut clone, bound, &[&file(&[0; 512])]);
+    clone.ok(Command::SetVcpus(SetVcpus { vcpus: 2 }), &[]);
     assert_eq!(read(&mut serial, 1), "2");
 }
 

@@ -104,7 +104,7 @@ impl From<machine::Error> for Failure {
         use machine::Error as E;
         let code = match &error {
             E::Kvm { .. } | E::Vcpu(_) | E::Place(machine::devices::Error::Kvm { .. }) => Code::Kvm,
-            E::NoSlot { .. } | E::Boot(boot::Error::CommandLine(_)) => Code::Invalid,
+            E::NoSlot { .. } | E::NoVcpu { .. } | E::Boot(boot::Error::CommandLine(_)) => Code::Invalid,
             E::Device {
                 source: DeviceError::AlreadyBound | DeviceError::Invalid(_),
                 ..
@@ -157,6 +157,7 @@ impl Phase {
             Command::RenewGeneration(_) => self.bind(|machine| Ok(machine.renew_generation()?)),
             Command::SetMemory(message) => self.bind(|machine| Ok(machine.set_memory(message.plugged_bytes)?)),
             Command::SetBalloon(message) => self.bind(|machine| set_balloon(machine, message.target_bytes)),
+            Command::SetVcpus(message) => self.set_vcpus(message.vcpus),
             Command::Start(_) => self.start(),
             Command::Pause(_) => self.pause(),
             Command::Resume(_) => self.resume(),
@@ -299,6 +300,17 @@ impl Phase {
             Ok(running) => (Self::Running(running), Ok(Answer::Ok)),
             Err((created, error)) => (Self::Created(created), Err(error.into())),
         }
+    }
+
+    fn set_vcpus(self, vcpus: u32) -> Outcome {
+        let Self::Running(running) = self else {
+            return self.wrong("SetVcpus", "while the guest runs");
+        };
+        let outcome = running.use_vcpus(vcpus);
+        (
+            Self::Running(running),
+            outcome.map(|()| Answer::Ok).map_err(Failure::from),
+        )
     }
 
     fn pause(self) -> Outcome {

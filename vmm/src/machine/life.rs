@@ -239,6 +239,14 @@ impl Running {
         }
     }
 
+    /// Lets the guest start more vCPUs.
+    ///
+    /// # Errors
+    /// There are not so many, or a thread is gone.
+    pub fn use_vcpus(&self, count: u32) -> Result<(), Error> {
+        self.machine.use_vcpus(count)
+    }
+
     /// Begins to save the machine while the guest goes on.
     ///
     /// # Errors

@@ -140,6 +140,14 @@ pub enum Error {
     /// A file that cannot be written to at any place of it.
     #[error("the {0} file cannot be written to: it must be open for writing and without O_APPEND")]
     Unwritable(&'static str),
+    /// vCPUs that are not there.
+    #[error("vcpus is {asked}: the machine has {count}, and one at least is used")]
+    NoVcpu {
+        /// What was asked for.
+        asked: u32,
+        /// How many there are.
+        count: usize,
+    },
     /// Start without a kernel.
     #[error("no kernel is loaded: send LoadKernel first")]
     NoKernel,
@@ -367,8 +375,21 @@ impl Machine {
         self.vcpus.iter().try_for_each(|vcpu| Ok(vcpu.run()?))
     }
 
+    /// Lets the guest start vCPUs that it never had started when it was saved, as far as they are among the first `count`.
+    pub(super) fn use_vcpus(&self, count: u32) -> Result<(), Error> {
+        let used = usize::try_from(count).ok().and_then(|count| self.vcpus.get(..count));
+        let Some(used) = used.filter(|used| !used.is_empty()) else {
+            return Err(Error::NoVcpu {
+                asked: count,
+                count: self.vcpus.len(),
+            });
+        };
+        let mut held = used.iter().filter(|vcpu| vcpu.is_held());
+        held.try_for_each(|vcpu| Ok(vcpu.join()?))
+    }
+
     fn pause(&self) -> Result<(), Error> {
-        for vcpu in &self.vcpus {
+        for vcpu in self.vcpus.iter().filter(|vcpu| !vcpu.is_held()) {
             vcpu.pause()?;
         }
         self.devices()

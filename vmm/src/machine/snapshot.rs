@@ -339,6 +339,9 @@ impl Machine {
             vcpus: snapshot.vcpus.iter().map(|vcpu| vcpu.time).collect(),
             going_on: snapshot.vcpus.iter().map(|vcpu| vcpu.time_to_go_on()).collect(),
         };
+        for (vcpu, state) in self.vcpus.iter().zip(&snapshot.vcpus) {
+            vcpu.hold(state.was_never_started());
+        }
         chipset::restore(&self.vm, &snapshot.chipset)?;
         let restored = self
             .vcpus
@@ -375,13 +378,15 @@ impl Machine {
         else {
             return Ok(());
         };
-        // No vCPU may see the time of another that is not right yet. The first one is spared the wait, for it may be alone.
-        let set = others.iter().zip(times).map(|(vcpu, time)| vcpu.restore_time(*time));
+        // No vCPU may see the time of another that is not right yet. The first one is spared the wait, for it may be alone; those
+        // that are held have nothing to do with this.
+        let others: Vec<_> = others.iter().zip(times).filter(|(vcpu, _)| !vcpu.is_held()).collect();
+        let set = others.iter().map(|(vcpu, time)| vcpu.restore_time(**time));
         for answer in set.collect::<Result<Vec<_>, _>>()? {
             answer.wait()??;
         }
         first.claim(*first_time)?;
-        let others = others.iter().try_for_each(|vcpu| Ok(vcpu.run()?));
+        let others = others.iter().try_for_each(|(vcpu, _)| Ok(vcpu.run()?));
         // After the vCPUs, on whose way they would be: whatever the guest asks of a device until then, it finds as it begins.
         let begun = others.and_then(|()| {
             self.devices()

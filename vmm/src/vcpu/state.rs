@@ -18,6 +18,8 @@ const APIC_LVT_TIMER: usize = 0x320;
 const LVT_TIMER_MODE: u32 = 3 << 17;
 const LVT_DEADLINE: u32 = 2 << 17;
 const MSR_TSC: u32 = 0x10;
+/// KVM_MP_STATE_UNINITIALIZED: as KVM makes it, without a start signal since.
+const NEVER_STARTED: u32 = 1;
 const MSR_TSC_DEADLINE: u32 = 0x6e0;
 
 /// A stopped vCPU.
@@ -59,6 +61,12 @@ pub struct VcpuTime {
 }
 
 impl VcpuState {
+    /// Whether its guest has never started it.
+    #[must_use]
+    pub fn was_never_started(&self) -> bool {
+        self.mp_state.mp_state == NEVER_STARTED
+    }
+
     /// The time to go on with. A timer in deadline mode that is not armed is armed to fire at once: KVM clears the deadline when
     /// it expires, and a vCPU that is stopped right then was seen without deadline and without interrupt, after which its guest
     /// waits for something else to happen. To a kernel an interrupt too many is a look at its clock.
@@ -304,6 +312,16 @@ pub fn restore_time(vcpu: &VcpuFd, time: VcpuTime) -> Result<(), Failure> {
     let both = [msr(MSR_TSC, time.tsc), msr(MSR_TSC_DEADLINE, time.deadline)];
     // Zero disarms, which a restored timer is already; and a guest may not have this timer.
     set_msrs(vcpu, if time.deadline == 0 { &both[..1] } else { &both })
+}
+
+/// Gives a vCPU that has not run the time of those that run. To KVM a counter that is set to 0 is a vCPU that is plugged in, and it
+/// gets the offset that was given last, to the tick (`kvm_synchronize_tsc`).
+///
+/// # Errors
+/// What KVM refused.
+pub fn join_time(vcpu: &VcpuFd) -> Result<(), Failure> {
+    let plugged_in = VcpuTime { tsc: 0, deadline: 0 };
+    restore_time(vcpu, plugged_in)
 }
 
 fn set_msrs(vcpu: &VcpuFd, entries: &[kvm_msr_entry]) -> Result<(), Failure> {

@@ -16,6 +16,7 @@ use std::io;
 use std::os::unix::thread::JoinHandleExt;
 use std::ptr;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, TryRecvError, channel};
 use std::thread::{self, JoinHandle};
 
@@ -56,6 +57,7 @@ enum Command {
     Enter(Entry, Reply<()>),
     Run,
     Claim(VcpuTime),
+    Join,
     Pause(Sender<()>),
     Save(Vec<u32>, Reply<Box<VcpuState>>),
     Restore(Box<VcpuState>, Option<u32>, Reply<()>),
@@ -66,6 +68,8 @@ enum Command {
 /// A vCPU in its thread.
 pub struct Vcpu {
     id: u8,
+    /// It may not run, even to wait for its guest's start signal. The machine's control thread alone looks at this.
+    held: AtomicBool,
     inbox: Sender<Command>,
     thread: JoinHandle<()>,
 }
@@ -122,7 +126,12 @@ impl Vcpu {
         confined
             .recv()
             .unwrap_or_else(|_| Err(io::Error::other("the vCPU's thread ended before it began")))?;
-        Ok(Self { id, inbox, thread })
+        Ok(Self {
+            id,
+            held: AtomicBool::new(false),
+            inbox,
+            thread,
+        })
     }
 
     /// Puts the vCPU to a kernel's entry.
@@ -133,12 +142,36 @@ impl Vcpu {
         self.ask(|reply| Command::Enter(entry, reply))?.wait()?
     }
 
-    /// Lets it run.
+    /// Lets it run, unless it is held.
     ///
     /// # Errors
     /// The thread is gone.
     pub fn run(&self) -> Result<(), Error> {
+        if self.is_held() {
+            return Ok(());
+        }
         self.inbox.send(Command::Run).map_err(|_| self.gone())
+    }
+
+    /// Keeps it from running, or no longer, from the next time on that it would begin to.
+    pub fn hold(&self, held: bool) {
+        self.held.store(held, Ordering::Relaxed);
+    }
+
+    /// Whether it is kept from running.
+    #[must_use]
+    pub fn is_held(&self) -> bool {
+        self.held.load(Ordering::Relaxed)
+    }
+
+    /// Lets a vCPU that was held run beside those that do already, with their time. A KVM that refuses that ends the sandbox.
+    ///
+    /// # Errors
+    /// The thread is gone.
+    pub fn join(&self) -> Result<(), Error> {
+        self.inbox.send(Command::Join).map_err(|_| self.gone())?;
+        self.hold(false);
+        Ok(())
     }
 
     /// Lets a restored vCPU run, its time going on where it stood. A KVM that refuses that ends the sandbox.
@@ -274,13 +307,8 @@ impl Runner {
         // Whoever asked may have stopped waiting: answers are sent without looking.
         match command {
             Command::Run => return Next::Run,
-            Command::Claim(time) => match state::restore_time(&self.fd, time) {
-                Ok(()) => return Next::Run,
-                Err(failure) => self
-                    .context
-                    .exit
-                    .set(Exit::new(ExitReason::KvmError, commands::chain(&self.error(failure)))),
-            },
+            Command::Claim(time) => return self.run_if(state::restore_time(&self.fd, time)),
+            Command::Join => return self.run_if(state::join_time(&self.fd)),
             Command::Pause(reply) => drop(reply.send(())),
             Command::Enter(entry, reply) => drop(reply.send(self.told(registers::set_entry(&self.fd, entry)))),
             Command::Save(msrs, reply) => drop(reply.send(self.told(state::save(&self.fd, &msrs).map(Box::new)))),
@@ -291,6 +319,17 @@ impl Runner {
             Command::Narrow(confine, reply) => drop(reply.send(confine())),
         }
         Next::Wait
+    }
+
+    fn run_if(&self, ready: Result<(), (&'static str, kvm_ioctls::Error)>) -> Next {
+        match ready {
+            Ok(()) => Next::Run,
+            Err(failure) => {
+                let detail = commands::chain(&self.error(failure));
+                self.context.exit.set(Exit::new(ExitReason::KvmError, detail));
+                Next::Wait
+            }
+        }
     }
 
     fn told<T>(&self, outcome: Result<T, (&'static str, kvm_ioctls::Error)>) -> Result<T, Error> {
