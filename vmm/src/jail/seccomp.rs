@@ -127,6 +127,9 @@ const SETUP: &[c_long] = &[
     libc::SYS_uname, // a snapshot's passport
 ];
 
+/// What devices do as they are loaded.
+const LOADING: &[c_long] = &[libc::SYS_timerfd_settime];
+
 /// A thread that is to narrow itself.
 const NARROWING: &[c_long] = &[libc::SYS_prctl, libc::SYS_seccomp];
 
@@ -292,6 +295,7 @@ fn add(rules: &mut Rules, kind: Kind) -> Result<(), BackendError> {
         Kind::Loader => {
             add(rules, Kind::Control)?;
             allow(rules, NARROWING);
+            allow(rules, LOADING);
             ioctls(rules, KVM_LOAD)?;
             allow(rules, POLL);
             ioctls(rules, PAGING)?;

@@ -68,6 +68,11 @@ pub trait AnyDevice: Send {
     /// # Errors
     /// The device cannot go on.
     fn resume(&self) -> Result<(), DeviceError>;
+    /// Lets a loaded device go on that has nothing to do yet. False: it has, and waits for [`Self::begin`].
+    ///
+    /// # Errors
+    /// The device's thread has ended.
+    fn begin_idle(&self) -> Result<bool, DeviceError>;
     /// Lets it go on, without waiting for it.
     ///
     /// # Errors
@@ -147,6 +152,10 @@ impl<D: Device> AnyDevice for Slot<D> {
 
     fn resume(&self) -> Result<(), DeviceError> {
         self.handle.resume()
+    }
+
+    fn begin_idle(&self) -> Result<bool, DeviceError> {
+        self.handle.begin_idle()
     }
 
     fn begin(&self) -> Result<(), DeviceError> {

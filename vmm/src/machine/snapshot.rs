@@ -385,11 +385,17 @@ impl Machine {
         for answer in set.collect::<Result<Vec<_>, _>>()? {
             answer.wait()??;
         }
+        let mut late = Vec::new();
+        for device in self.devices() {
+            if !device.begin_idle().map_err(|source| named(device, source))? {
+                late.push(device);
+            }
+        }
         first.claim(*first_time)?;
         let others = others.iter().try_for_each(|(vcpu, _)| Ok(vcpu.run()?));
         // After the vCPUs, on whose way they would be: whatever the guest asks of a device until then, it finds as it begins.
         let begun = others.and_then(|()| {
-            self.devices()
+            late.into_iter()
                 .try_for_each(|device| device.begin().map_err(|source| named(device, source)))
         });
         // The guest runs: there is no way back from here.

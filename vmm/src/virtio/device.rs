@@ -127,6 +127,11 @@ impl Guest {
         self.queues.get_mut(index).and_then(Option::as_mut)
     }
 
+    /// Whether a queue has a chain that nobody has taken yet.
+    pub fn has_chains(&self) -> bool {
+        self.queues.iter().flatten().any(VirtQueue::has_chains)
+    }
+
     /// What to save of it.
     pub fn state(&self) -> GuestState {
         let queues = self.queues.iter().zip(&self.saved);
@@ -242,7 +247,8 @@ impl TryFrom<QueueRecord> for QueueState {
     }
 }
 
-/// A virtio device. It is owned by one thread ([`super::worker`]), which calls these in turn.
+/// A virtio device. One thread serves it ([`super::worker`]); `bind`, `save`, `restore` and `has_work` are called by others as well,
+/// one at a time, and make no system call that those may not make.
 pub trait Device: Send + 'static {
     /// What is put behind the slot.
     type Resource: Send + 'static;
@@ -299,6 +305,10 @@ pub trait Device: Send + 'static {
     /// # Errors
     /// When the device cannot go on.
     fn resume(&mut self) -> Result<(), DeviceError>;
+
+    /// Whether [`Self::resume`] of a device that was just loaded would find something to do. If not, it is left out: the device
+    /// waits for its driver and for what it watches, as it would have.
+    fn has_work(&self) -> bool;
 
     /// Forgets the driver. Nothing touches guest memory after this returns. What is bound stays bound.
     fn reset(&mut self);

@@ -10,6 +10,7 @@
 //! ```
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use virtio_queue::{Queue, QueueOwnedT, QueueState, QueueT};
 use vm_memory::{Bytes, GuestAddress};
@@ -181,6 +182,13 @@ impl VirtQueue {
             self.core.interrupt.used_buffers();
         }
         Ok(())
+    }
+
+    /// Whether there is a chain that was not taken yet. A ring that cannot be read counts as one: who takes from it is told.
+    pub fn has_chains(&self) -> bool {
+        self.queue
+            .avail_idx(&*self.memory, Ordering::Acquire)
+            .map_or(true, |next| next.0 != self.queue.next_avail())
     }
 
     /// Where the queue stands.

@@ -1,7 +1,9 @@
 //! The thread of a device, and the handle by which the others reach it.
 //!
-//! Every device has a plain thread of its own, which owns the device: there are no locks on the data path. The thread
-//! waits on one epoll for queue notifications, commands, and what the device watches itself.
+//! Every device has a plain thread of its own, which waits on one epoll for queue notifications, commands, and what the device
+//! watches itself. The device lies under a lock that the thread takes once for each event. Others take it for what needs none
+//! of the thread's system calls: to bind, save and load a device, and to let a loaded one begin that has nothing to do. That
+//! is the way of a claim, on which waking a dozen threads would cost more than all else.
 //!
 //! System calls that every device thread makes, whatever its kind: `epoll_wait`, `epoll_ctl`, `read` and `write`
 //! (eventfds), `futex`, `clock_gettime`, `mmap`, `munmap`, `mprotect`, `madvise`, `mremap`, `brk` (the allocator), `close`,
@@ -10,8 +12,8 @@
 
 use std::io;
 use std::os::fd::AsRawFd;
-use std::sync::Arc;
 use std::sync::mpsc::{self, Receiver, Sender};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread::JoinHandle;
 
 use vmm_sys_util::epoll::{EpollEvent, EventSet};
@@ -50,16 +52,26 @@ const COMMAND_TOKEN: u64 = u64::MAX;
 
 type Reply<T> = Sender<Result<T, DeviceError>>;
 
-enum Command<D: Device> {
+enum Command {
     Activate(Activation, Reply<()>),
     Reset(Reply<()>),
-    Bind(D::Resource, Reply<()>),
     Pause(Reply<()>),
     Resume(Reply<()>),
     Begin,
-    Save(Reply<D::State>),
-    Restore(D::State, GuestMemory, Reply<()>),
     Stop,
+}
+
+/// A device and whether it may do anything.
+struct Desk<D> {
+    device: D,
+    paused: bool,
+}
+
+type Shared<D> = Arc<Mutex<Desk<D>>>;
+
+/// A device whose thread panicked is gone: nobody knows in which state it is.
+fn open<D>(desk: &Mutex<Desk<D>>) -> Result<MutexGuard<'_, Desk<D>>, DeviceError> {
+    desk.lock().map_err(|_| DeviceError::Gone)
 }
 
 /// What the transport needs of a device's thread.
@@ -79,7 +91,8 @@ pub trait DeviceControl: Send + Sync {
 
 /// A device in its thread. Dropping the handle stops the thread and waits for it.
 pub struct DeviceHandle<D: Device> {
-    commands: Sender<Command<D>>,
+    desk: Shared<D>,
+    commands: Sender<Command>,
     wake: Arc<EventFd>,
     core: Arc<Core>,
     thread: Option<JoinHandle<()>>,
@@ -99,12 +112,12 @@ impl<D: Device> DeviceHandle<D> {
         }
         let (commands, inbox) = mpsc::channel();
         let (ready, hooked) = mpsc::channel();
+        let desk = Arc::new(Mutex::new(Desk { device, paused: false }));
         let mut worker = Worker {
-            device,
+            desk: desk.clone(),
             inbox,
             wake: wake.clone(),
             core: core.clone(),
-            paused: false,
             stopped: false,
         };
         let thread = std::thread::Builder::new()
@@ -124,6 +137,7 @@ impl<D: Device> DeviceHandle<D> {
             .recv()
             .unwrap_or_else(|_| Err(io::Error::other("device thread ended before it began")))?;
         Ok(Self {
+            desk,
             commands,
             wake,
             core,
@@ -141,7 +155,7 @@ impl<D: Device> DeviceHandle<D> {
     /// # Errors
     /// When it does not fit, or there is something already.
     pub fn bind(&self, resource: D::Resource) -> Result<(), DeviceError> {
-        self.ask(|reply| Command::Bind(resource, reply))
+        open(&self.desk)?.device.bind(resource)
     }
 
     /// Waits for what is in flight, then leaves guest memory and the outside world alone until [`Self::resume`].
@@ -160,6 +174,20 @@ impl<D: Device> DeviceHandle<D> {
         self.ask(Command::Resume)
     }
 
+    /// Lets a loaded device go on that has nothing to do until its driver or somebody outside says something. False: it has,
+    /// and waits for [`Self::begin`].
+    ///
+    /// # Errors
+    /// When the device's thread has ended.
+    pub fn begin_idle(&self) -> Result<bool, DeviceError> {
+        let mut desk = open(&self.desk)?;
+        let idle = !desk.device.has_work();
+        if idle {
+            desk.paused = false;
+        }
+        Ok(idle)
+    }
+
     /// As [`Self::resume`], without waiting for it: a device that cannot go on asks its driver for a reset, as it does at any
     /// other time.
     ///
@@ -176,7 +204,14 @@ impl<D: Device> DeviceHandle<D> {
     /// # Errors
     /// When it is not.
     pub fn save(&self) -> Result<D::State, DeviceError> {
-        self.ask(Command::Save)
+        let desk = open(&self.desk)?;
+        if desk.paused {
+            Ok(desk.device.save())
+        } else {
+            Err(DeviceError::State(
+                "the device must be paused before it is saved".to_owned(),
+            ))
+        }
     }
 
     /// Gives the device a saved state and leaves it paused.
@@ -184,10 +219,12 @@ impl<D: Device> DeviceHandle<D> {
     /// # Errors
     /// When the state does not fit the device.
     pub fn restore(&self, state: D::State, memory: GuestMemory) -> Result<(), DeviceError> {
-        self.ask(|reply| Command::Restore(state, memory, reply))
+        let mut desk = open(&self.desk)?;
+        desk.paused = true;
+        desk.device.restore(state, memory)
     }
 
-    fn ask<T>(&self, command: impl FnOnce(Reply<T>) -> Command<D>) -> Result<T, DeviceError> {
+    fn ask<T>(&self, command: impl FnOnce(Reply<T>) -> Command) -> Result<T, DeviceError> {
         let (reply, answer) = mpsc::channel();
         self.commands.send(command(reply)).map_err(|_| DeviceError::Gone)?;
         raise(&self.wake);
@@ -218,47 +255,52 @@ impl<D: Device> Drop for DeviceHandle<D> {
 }
 
 struct Worker<D: Device> {
-    device: D,
-    inbox: Receiver<Command<D>>,
+    desk: Shared<D>,
+    inbox: Receiver<Command>,
     wake: Arc<EventFd>,
     core: Arc<Core>,
-    paused: bool,
     stopped: bool,
 }
 
 impl<D: Device> Worker<D> {
     fn run(&mut self) {
+        let desk = self.desk.clone();
         let mut events = [EpollEvent::default(); 16];
         while !self.stopped {
-            let count = match self.core.epoll().wait(-1, &mut events) {
+            let waited = self.core.epoll().wait(-1, &mut events);
+            // Who panics while he holds the lock ends the device.
+            let Ok(mut desk) = desk.lock() else { return };
+            let count = match waited {
                 Ok(count) => count,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-                Err(_) => return self.fail("epoll_failed"),
+                Err(_) => return self.fail(&mut desk, "epoll_failed"),
             };
             for event in &events[..count] {
-                self.dispatch(event.data(), event.event_set());
+                self.dispatch(&mut desk, event.data(), event.event_set());
+            }
+            if self.stopped {
+                desk.device.reset();
             }
         }
-        self.device.reset();
     }
 
-    fn dispatch(&mut self, token: u64, events: EventSet) {
+    fn dispatch(&mut self, desk: &mut Desk<D>, token: u64, events: EventSet) {
         let outcome = match token {
             COMMAND_TOKEN => {
                 clear(&self.wake);
-                return self.commands();
+                return self.commands(desk);
             }
             // A driver that has to reset its device gets nothing done before; a paused device keeps still. Level-triggered
             // sources of the device itself are taken out of the epoll by `quiesce`.
-            _ if self.paused || self.core.needs_reset() => {
+            _ if desk.paused || self.core.needs_reset() => {
                 self.silence(token);
                 return;
             }
-            _ if token < DEVICE_TOKENS => self.queue_event(token),
-            _ => self.device.device_event(token, events),
+            _ if token < DEVICE_TOKENS => self.queue_event(&mut desk.device, token),
+            _ => desk.device.device_event(token, events),
         };
         if outcome.is_err() {
-            self.fail("guest_error");
+            self.fail(desk, "guest_error");
         }
     }
 
@@ -271,7 +313,7 @@ impl<D: Device> Worker<D> {
         }
     }
 
-    fn queue_event(&mut self, token: u64) -> Result<(), DeviceError> {
+    fn queue_event(&self, device: &mut D, token: u64) -> Result<(), DeviceError> {
         let Ok(index) = usize::try_from(token) else {
             return Ok(());
         };
@@ -279,65 +321,45 @@ impl<D: Device> Worker<D> {
             return Ok(());
         };
         clear(notify);
-        self.device.queue_event(index)
+        device.queue_event(index)
     }
 
     /// The device cannot go on: it lets go of guest memory and asks for a reset.
-    fn fail(&mut self, counter: &'static str) {
+    fn fail(&self, desk: &mut Desk<D>, counter: &'static str) {
         self.core.counters.bump(counter);
-        self.device.reset();
+        desk.device.reset();
         self.core.demand_reset();
     }
 
-    fn commands(&mut self) {
+    fn commands(&mut self, desk: &mut Desk<D>) {
         while let Ok(command) = self.inbox.try_recv() {
             // Whoever asked may have stopped waiting: answers are sent without looking.
             match command {
                 Command::Activate(activation, reply) => {
-                    let outcome = self.device.activate(activation);
+                    let outcome = desk.device.activate(activation);
                     let _ = reply.send(outcome);
                 }
                 Command::Reset(reply) => {
-                    self.device.reset();
+                    desk.device.reset();
                     self.core.reset();
                     let _ = reply.send(Ok(()));
                 }
-                Command::Bind(resource, reply) => {
-                    let _ = reply.send(self.device.bind(resource));
-                }
                 Command::Pause(reply) => {
-                    self.paused = true;
-                    let _ = reply.send(self.device.quiesce());
+                    desk.paused = true;
+                    let _ = reply.send(desk.device.quiesce());
                 }
                 Command::Resume(reply) => {
-                    self.paused = false;
-                    let _ = reply.send(self.device.resume());
+                    desk.paused = false;
+                    let _ = reply.send(desk.device.resume());
                 }
                 Command::Begin => {
-                    self.paused = false;
-                    if self.device.resume().is_err() {
-                        self.fail("guest_error");
+                    desk.paused = false;
+                    if desk.device.resume().is_err() {
+                        self.fail(desk, "guest_error");
                     }
-                }
-                Command::Save(reply) => {
-                    let _ = reply.send(self.save());
-                }
-                Command::Restore(state, memory, reply) => {
-                    self.paused = true;
-                    let _ = reply.send(self.device.restore(state, memory));
                 }
                 Command::Stop => self.stopped = true,
             }
-        }
-    }
-
-    fn save(&self) -> Result<D::State, DeviceError> {
-        if self.paused {
-            Ok(self.device.save())
-        } else {
-            Err(DeviceError::State(
-                "the device must be paused before it is saved".to_owned(),
-            ))
         }
     }
 }

@@ -257,6 +257,10 @@ impl Device for Balloon {
         (0..QUEUES.len()).try_for_each(|index| self.process(index))
     }
 
+    fn has_work(&self) -> bool {
+        self.guest.as_ref().is_some_and(Guest::has_chains)
+    }
+
     /// The pages that a driver gave are its successor's; what is wanted of it stays.
     fn reset(&mut self) {
         self.guest = None;

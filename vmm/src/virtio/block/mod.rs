@@ -440,6 +440,10 @@ impl Device for Block {
         self.process_all()
     }
 
+    fn has_work(&self) -> bool {
+        self.guest.as_ref().is_some_and(Guest::has_chains)
+    }
+
     fn reset(&mut self) {
         let drained = self.engine().map_or(Ok(()), |engine| engine.drain(|_| Ok(())));
         if drained.is_err() {

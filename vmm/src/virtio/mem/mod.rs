@@ -332,6 +332,10 @@ impl Device for Mem {
         self.process()
     }
 
+    fn has_work(&self) -> bool {
+        self.guest.as_ref().is_some_and(Guest::has_chains)
+    }
+
     /// What is plugged stays plugged: a device's reset is not the machine's (5.15.5).
     fn reset(&mut self) {
         self.guest = None;

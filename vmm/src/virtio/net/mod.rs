@@ -366,6 +366,11 @@ impl Device for Net {
         self.receive()
     }
 
+    fn has_work(&self) -> bool {
+        // The tap is watched from then on.
+        self.guest.is_some()
+    }
+
     fn reset(&mut self) {
         self.guest = None;
         self.rx_frame.clear();

@@ -165,6 +165,10 @@ impl Device for Rng {
         self.process()
     }
 
+    fn has_work(&self) -> bool {
+        self.guest.as_ref().is_some_and(Guest::has_chains)
+    }
+
     fn reset(&mut self) {
         self.limiter.acknowledge();
         self.guest = None;

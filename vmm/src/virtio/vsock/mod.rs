@@ -462,6 +462,11 @@ impl Device for Vsock {
         self.process_receive()
     }
 
+    fn has_work(&self) -> bool {
+        // The driver is told of the transport's reset, and callers may wait.
+        self.guest.is_some()
+    }
+
     fn reset(&mut self) {
         self.guest = None;
         self.announce_reset = false;
