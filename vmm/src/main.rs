@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io::Write;
-use std::os::fd::{AsFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::process::ExitCode;
 use std::time::Instant;
 
@@ -113,6 +113,19 @@ fn descriptors(arguments: &Arguments) -> Result<(OwnedFd, File), Error> {
     unsafe { Ok((OwnedFd::from_raw_fd(control), File::from_raw_fd(exit))) }
 }
 
+/// Makes room for the descriptors of a machine and of a claim. The kernel makes room by itself, but in a process with threads it
+/// waits for an RCU grace period each time, some 10 ms (Linux, fs/file.c, expand_fdtable).
+fn enlarge_descriptor_table(any: BorrowedFd<'_>) {
+    const DESCRIPTORS: libc::c_int = 256;
+    // SAFETY: a new descriptor, whatever is behind it.
+    let last = unsafe { libc::fcntl(any.as_raw_fd(), libc::F_DUPFD_CLOEXEC, DESCRIPTORS - 1) };
+    // A limit that is lower is no harm but the time.
+    if last >= 0 {
+        // SAFETY: it was just made, and is nobody else's.
+        drop(unsafe { OwnedFd::from_raw_fd(last) });
+    }
+}
+
 /// Serves the sandbox to its end. None: this is the launcher, and its child serves.
 fn run(arguments: &Arguments, listener: OwnedFd, born: Instant) -> Result<Option<End>, Error> {
     let host = |what| move |source| Error::Host { what, source };
@@ -132,6 +145,7 @@ fn run(arguments: &Arguments, listener: OwnedFd, born: Instant) -> Result<Option
             }
         }
     };
+    enlarge_descriptor_table(listener.as_fd());
     let exit = ExitLatch::new().map_err(host("making the exit latch"))?;
     let (dialer, dials) = dial::channel().map_err(host("making the dial channel"))?;
     install_kick().map_err(host("installing the kick signal"))?;

@@ -2,7 +2,7 @@
 #![allow(missing_docs, clippy::unwrap_used, clippy::expect_used)]
 
 use flint_vmm::machine::chipset::{self, ChipsetState};
-use flint_vmm::machine::create_vm;
+use flint_vmm::machine::{create_interrupt_controllers, create_vm};
 use flint_vmm::memory::{Anonymous, GuestMemory, MemorySource, layout};
 use flint_vmm::vcpu;
 use flint_vmm::vcpu::state::{self, VcpuState};
@@ -40,6 +40,7 @@ impl Machine {
         };
         // SAFETY: the memory lives as long as the VM, and only this test and the guest touch it.
         unsafe { vm.set_user_memory_region(area) }.unwrap();
+        create_interrupt_controllers(&vm).unwrap();
         memory.write_slice(&COUNTER, GuestAddress(CODE)).unwrap();
         memory.write_obj(BACK, GuestAddress(CODE + 10)).unwrap();
         let vcpu = vcpu::create(&kvm, &vm, 0, 1).unwrap();

@@ -39,12 +39,13 @@ pub enum Received {
 /// # Errors
 /// The socket's; `WouldBlock` if none is there.
 pub fn receive(socket: BorrowedFd<'_>) -> io::Result<Received> {
-    let mut bytes = vec![0; MAX_PACKET];
+    // Not zeroed: a claim would pay for pages of which it uses one.
+    let mut bytes = Vec::<u8>::with_capacity(MAX_PACKET);
     // Aligned as control messages want it.
     let mut control = [0u64; CONTROL_BYTES.div_ceil(8)];
     let mut iov = libc::iovec {
         iov_base: bytes.as_mut_ptr().cast(),
-        iov_len: bytes.len(),
+        iov_len: MAX_PACKET,
     };
     // SAFETY: all-zero is a valid msghdr.
     let mut header: libc::msghdr = unsafe { mem::zeroed() };
@@ -57,7 +58,8 @@ pub fn receive(socket: BorrowedFd<'_>) -> io::Result<Received> {
     let length = usize::try_from(length).map_err(|_| io::Error::last_os_error())?;
     // SAFETY: the kernel filled the header in, and this is the only place that takes the descriptors.
     let fds = unsafe { take_descriptors(&header) };
-    bytes.truncate(length);
+    // SAFETY: the kernel has written so many bytes, at most as many as there is room for: MSG_TRUNC was not asked for.
+    unsafe { bytes.set_len(length) };
     if header.msg_flags & (libc::MSG_TRUNC | libc::MSG_CTRUNC) != 0 {
         return Ok(Received::Oversized { bytes });
     }

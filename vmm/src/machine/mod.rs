@@ -24,7 +24,7 @@ use thiserror::Error;
 use self::config::Config;
 use self::devices::{AnyDevice, Builder, Slot};
 pub use self::life::{Created, HostFiles, Parked, Paused, Reserved, Running, Saving, Shell, Step};
-pub use self::parts::create_vm;
+pub use self::parts::{create_interrupt_controllers, create_vm};
 use crate::acpi::{self, VirtioWindow};
 use crate::boot::{self, Entry};
 use crate::bus::{self, Bus};
@@ -200,6 +200,7 @@ impl Machine {
         ranges.extend(memory::hotplug(config.hotplug));
         let memory = memory::reserve(&ranges)?;
         parts::register_memory(&vm, &memory, 0)?;
+        create_interrupt_controllers(&vm)?;
         let (ports, serial) = parts::port_bus(&vm, &shell.exit)?;
         let generation = parts::generation(&vm, &memory)?;
         let mut mmio = Bus::new();
