@@ -24,7 +24,9 @@ use crate::memory::paged::PagedFiles;
 use crate::memory::pages::{PAGE, Pages};
 use crate::memory::writer::{Over, Writer};
 use crate::memory::{self, HOTPLUG_START, MemorySource, Range, Region};
+use crate::platform::GENERATION_PAGE;
 use crate::snapshot::{MachineRecord, RangeRecord, Snapshot};
+use crate::vcpu::first_pages;
 use crate::vcpu::state::{VcpuState, VcpuTime};
 use crate::virtio::core::lock;
 
@@ -343,6 +345,9 @@ impl Machine {
             vcpu.hold(state.was_never_started());
         }
         chipset::restore(&self.vm, &snapshot.chipset)?;
+        for vcpu in &snapshot.vcpus {
+            first_pages::populate(vcpu, &self.memory);
+        }
         let restored = self
             .vcpus
             .iter()
@@ -357,6 +362,7 @@ impl Machine {
         }
         lock(&self.serial).restore(&snapshot.serial)?;
         self.generation.restore(&snapshot.generation)?;
+        first_pages::populate_page(&self.memory, GuestAddress(GENERATION_PAGE), true);
         Ok(time)
     }
 

@@ -3,9 +3,11 @@
 //! - `cpuid`: what the guest learns of its processors;
 //! - `registers`: state at the first instruction;
 //! - `state`: all that is saved of a vCPU;
+//! - `first_pages`: what a loaded one touches first;
 //! - `thread`: the loop around KVM_RUN.
 
 pub mod cpuid;
+pub mod first_pages;
 pub mod registers;
 pub mod state;
 pub mod thread;

@@ -303,7 +303,7 @@ impl Runner {
         IMMEDIATE_EXIT.set(ptr::null_mut());
     }
 
-    fn obey(&self, command: Command) -> Next {
+    fn obey(&mut self, command: Command) -> Next {
         // Whoever asked may have stopped waiting: answers are sent without looking.
         match command {
             Command::Run => return Next::Run,
@@ -313,7 +313,11 @@ impl Runner {
             Command::Enter(entry, reply) => drop(reply.send(self.told(registers::set_entry(&self.fd, entry)))),
             Command::Save(msrs, reply) => drop(reply.send(self.told(state::save(&self.fd, &msrs).map(Box::new)))),
             Command::Restore(saved, khz, reply) => {
-                drop(reply.send(self.told(state::restore(&self.fd, &saved, khz))));
+                let restored = self.told(state::restore(&self.fd, &saved, khz));
+                if restored.is_ok() {
+                    self.warm_up();
+                }
+                drop(reply.send(restored));
             }
             Command::RestoreTime(time, reply) => drop(reply.send(self.told(state::restore_time(&self.fd, time)))),
             Command::Narrow(confine, reply) => drop(reply.send(confine())),
@@ -330,6 +334,14 @@ impl Runner {
                 Next::Wait
             }
         }
+    }
+
+    /// Enters KVM_RUN and leaves it before the guest's first instruction: what KVM makes at a vCPU's first run is made now.
+    fn warm_up(&mut self) {
+        self.fd.set_kvm_immediate_exit(1);
+        // EINTR, as was asked for; whatever else there is comes again when it is to run.
+        let _ = self.fd.run();
+        self.fd.set_kvm_immediate_exit(0);
     }
 
     fn told<T>(&self, outcome: Result<T, (&'static str, kvm_ioctls::Error)>) -> Result<T, Error> {

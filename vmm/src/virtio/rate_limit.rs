@@ -65,12 +65,12 @@ impl Bucket {
     }
 }
 
-/// A rate limiter with its timer. Without limits it costs two comparisons.
+/// A rate limiter with its timer. Without limits it has none, and costs two comparisons.
 #[derive(Debug)]
 pub struct RateLimiter {
     operations: Option<Bucket>,
     bytes: Option<Bucket>,
-    timer: TimerFd,
+    timer: Option<TimerFd>,
 }
 
 impl RateLimiter {
@@ -80,10 +80,13 @@ impl RateLimiter {
     /// When the process is out of file descriptors.
     pub fn new(limit: RateLimit) -> io::Result<Self> {
         let now = Instant::now();
+        let operations = Bucket::new(limit.operations_per_second, limit.burst_operations, now);
+        let bytes = Bucket::new(limit.bytes_per_second, limit.burst_bytes, now);
+        let limited = operations.is_some() || bytes.is_some();
         Ok(Self {
-            operations: Bucket::new(limit.operations_per_second, limit.burst_operations, now),
-            bytes: Bucket::new(limit.bytes_per_second, limit.burst_bytes, now),
-            timer: TimerFd::new()?,
+            operations,
+            bytes,
+            timer: limited.then(TimerFd::new).transpose()?,
         })
     }
 
@@ -95,16 +98,25 @@ impl RateLimiter {
         match self.take_at(bytes, Instant::now()) {
             Duration::ZERO => Ok(true),
             wait => {
-                self.timer.reset(wait, None)?;
+                if let Some(timer) = &mut self.timer {
+                    timer.reset(wait, None)?;
+                }
                 Ok(false)
             }
         }
     }
 
+    /// What becomes readable when it is worth another try; None: nothing is limited.
+    pub fn timer(&self) -> Option<RawFd> {
+        self.timer.as_ref().map(AsRawFd::as_raw_fd)
+    }
+
     /// The timer has fired: makes it unreadable.
     pub fn acknowledge(&mut self) {
-        // Stopping the timer is what clears it without ever blocking; it can only fail for a bad descriptor.
-        let _ = self.timer.clear();
+        if let Some(timer) = &mut self.timer {
+            // Stopping the timer is what clears it without ever blocking; it can only fail for a bad descriptor.
+            let _ = timer.clear();
+        }
     }
 
     fn take_at(&mut self, bytes: u64, now: Instant) -> Duration {
@@ -125,12 +137,6 @@ impl RateLimiter {
             }
         }
         wait
-    }
-}
-
-impl AsRawFd for RateLimiter {
-    fn as_raw_fd(&self) -> RawFd {
-        self.timer.as_raw_fd()
     }
 }
 

@@ -421,7 +421,9 @@ impl Device for Block {
         if let Backend::Raw(engine) = &resource.backend {
             watch(engine.as_raw_fd(), TOKEN_RING)?;
         }
-        watch(resource.limiter.as_raw_fd(), TOKEN_LIMITER)?;
+        if let Some(timer) = resource.limiter.timer() {
+            watch(timer, TOKEN_LIMITER)?;
+        }
         let capacity = (resource.size / SECTOR_BYTES).to_le_bytes();
         self.bound = Some(resource);
         self.core.change_config(|config| config[..8].copy_from_slice(&capacity));

@@ -324,7 +324,7 @@ fn an_exhausted_rate_limit_holds_requests_back_until_its_timer_fires() {
         used += rig.queue.used().len();
         if used < 3 {
             // Blocks until the timer fires: if it were not armed, the test would hang.
-            wait_readable(rig.device.bound.as_ref().unwrap().limiter.as_raw_fd());
+            wait_readable(rig.device.bound.as_ref().unwrap().limiter.timer().unwrap());
             rig.device.device_event(TOKEN_LIMITER, EventSet::IN).unwrap();
         }
     }

@@ -340,17 +340,22 @@ impl Device for Net {
         if let Some(guest) = &self.guest {
             bound.tap.offload(guest.features)?;
         }
-        let watch = |fd, token| {
-            self.core
-                .watch(fd, EventSet::IN, token)
-                .map_err(DeviceError::host("watch the rate limit's timer"))
-        };
-        watch(bound.rx_limiter.as_raw_fd(), TOKEN_RX_LIMITER)?;
-        watch(bound.tx_limiter.as_raw_fd(), TOKEN_TX_LIMITER)?;
+        for (limiter, token) in [
+            (&bound.rx_limiter, TOKEN_RX_LIMITER),
+            (&bound.tx_limiter, TOKEN_TX_LIMITER),
+        ] {
+            if let Some(timer) = limiter.timer() {
+                self.core
+                    .watch(timer, EventSet::IN, token)
+                    .map_err(DeviceError::host("watch the rate limit's timer"))?;
+            }
+        }
         self.bound = Some(bound);
         self.core.change_config(|config| link_status(config, true));
-        // Buffers of the driver may wait already. A paused device does not see this; its resume looks by itself.
-        raise(&self.core.notify()[RX]);
+        if self.guest.is_some() {
+            // Buffers of the driver may wait already. A paused device does not see this; its resume looks by itself.
+            raise(&self.core.notify()[RX]);
+        }
         Ok(())
     }
 

@@ -3,7 +3,6 @@
 //! System calls of the thread, beside those of every device thread: `getrandom`, `timerfd_settime`.
 
 use std::io;
-use std::os::fd::AsRawFd;
 use std::sync::Arc;
 
 use virtio_bindings::virtio_ids::VIRTIO_ID_RNG;
@@ -45,8 +44,10 @@ impl Rng {
     pub fn new(limit: RateLimit) -> Result<Self, DeviceError> {
         let core = Core::new(1, Vec::new()).map_err(DeviceError::host("make eventfds"))?;
         let limiter = RateLimiter::new(limit).map_err(DeviceError::host("make a timer for the rate limit"))?;
-        let watched = core.watch(limiter.as_raw_fd(), EventSet::IN, TOKEN_LIMITER);
-        watched.map_err(DeviceError::host("watch the rate limit's timer"))?;
+        if let Some(timer) = limiter.timer() {
+            core.watch(timer, EventSet::IN, TOKEN_LIMITER)
+                .map_err(DeviceError::host("watch the rate limit's timer"))?;
+        }
         Ok(Self {
             core: Arc::new(core),
             limiter,
