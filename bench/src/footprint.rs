@@ -68,10 +68,12 @@ fn vmm_of(sandbox: &Path) -> Result<i32, Error> {
 
 /// A VMM's memory, by whose it is: the guest's is the largest mapping.
 #[derive(Debug, PartialEq, Eq)]
-struct VmmMemory {
-    own_private: u64,
-    own_share: u64,
-    guest_resident: u64,
+pub struct VmmMemory {
+    pub own_private: u64,
+    pub own_share: u64,
+    pub guest_private: u64,
+    pub guest_share: u64,
+    pub guest_resident: u64,
 }
 
 #[derive(Debug, Default, Clone, Copy)]
@@ -84,7 +86,7 @@ struct Mapping {
 
 impl VmmMemory {
     /// From `/proc/PID/smaps` (proc(5)).
-    fn read(smaps: &str) -> Result<Self, Error> {
+    pub fn read(smaps: &str) -> Result<Self, Error> {
         let mut mappings: Vec<Mapping> = Vec::new();
         for line in smaps.lines() {
             let mut words = line.split_whitespace();
@@ -113,6 +115,8 @@ impl VmmMemory {
         Ok(Self {
             own_private: sum(|m| m.private),
             own_share: sum(|m| m.pss),
+            guest_private: guest.private,
+            guest_share: guest.pss,
             guest_resident: guest.rss,
         })
     }
@@ -178,6 +182,8 @@ Private_Dirty:       120 kB
         let expected = VmmMemory {
             own_private: 128 << 10,
             own_share: 160 << 10,
+            guest_private: 50_000 << 10,
+            guest_share: 50_000 << 10,
             guest_resident: 50_000 << 10,
         };
         assert_eq!(memory, expected);

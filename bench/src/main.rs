@@ -4,6 +4,7 @@
 //! host       drives flintd as any client does: pull, start to first output, remove
 //! qemu       the peer: QEMU's microvm machine, same kernel, same initrd, same boundary
 //! claim      flint-vmm alone: from the claim of a clone to its first port write, beside what KVM alone needs
+//! density    memory of many clones that do nothing (in claim/)
 //! footprint  memory of flint-vmm beside its guest's, of flint-init, sizes of the binaries
 //! samples    raw samples and what is said of them
 //! report     tables for people, JSON with every sample, Markdown for docs/results.md
@@ -70,6 +71,8 @@ enum Command {
     Start(Start),
     /// Claim clones of a tiny guest: needs no flintd and no Linux guest, but root and /dev/kvm.
     Claim(claim::Claims),
+    /// Memory of many clones of a tiny guest that do nothing: needs what `claim` needs.
+    Density(claim::density::Density),
     /// Memory of a running pod's processes, and sizes of binaries.
     Footprint(Footprint),
 }
@@ -145,13 +148,18 @@ async fn measure(bench: &Bench) -> Result<Report, Error> {
         claim::measure(wanted, &mut report)?;
         return Ok(report);
     }
+    if let Command::Density(wanted) = &bench.command {
+        let mut report = Report::new(&bench.level, claim::facts());
+        claim::density::measure(wanted, &mut report)?;
+        return Ok(report);
+    }
     let host = host::Host::connect(&bench.socket).await?;
     let mut report = Report::new(&bench.level, host.facts().await?);
     match &bench.command {
         Command::Pull(pull) => measure_pulls(&host, pull, &mut report).await?,
         Command::Start(start) => measure_starts(&host, start, &mut report).await?,
-        // Done above: it needs no host.
-        Command::Claim(_) => {}
+        // Done above: they need no host.
+        Command::Claim(_) | Command::Density(_) => {}
         Command::Footprint(wanted) => footprint::measure(&host, wanted, &mut report).await?,
     }
     Ok(report)

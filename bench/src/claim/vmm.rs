@@ -66,6 +66,11 @@ impl Vmm {
         Ok(vmm)
     }
 
+    /// Its process, which it told with its first answer.
+    pub fn pid(&self) -> Option<i32> {
+        self.pid.map(Pid::as_raw)
+    }
+
     /// Sends a command and waits for its answer.
     pub fn call(&mut self, command: Command, fds: &[BorrowedFd<'_>]) -> Result<(), Error> {
         self.begin(command, fds)?;

@@ -295,6 +295,8 @@ impl Machine {
         self.fits(&snapshot)?;
         let ids = snapshot.machine.files(snapshot.id)?;
         let files = MappedFiles::open(memory, ids, memory::size(&self.memory)).map_err(memory::Error::File)?;
+        // Pages that are still to come are waited for by whoever needs them, not here.
+        let here = server.is_none();
         let source: Arc<dyn MemorySource> = match server {
             None => Arc::new(files),
             Some(socket) => {
@@ -303,6 +305,13 @@ impl Machine {
             }
         };
         source.fill(&self.memory)?;
+        if here {
+            snapshot
+                .vcpus
+                .iter()
+                .for_each(|vcpu| first_pages::populate(vcpu, &self.memory));
+            first_pages::populate_page(&self.memory, GuestAddress(GENERATION_PAGE), true);
+        }
         let time = self.set(snapshot, khz)?;
         *lock(&self.source) = source;
         Ok(time)
@@ -345,9 +354,6 @@ impl Machine {
             vcpu.hold(state.was_never_started());
         }
         chipset::restore(&self.vm, &snapshot.chipset)?;
-        for vcpu in &snapshot.vcpus {
-            first_pages::populate(vcpu, &self.memory);
-        }
         let restored = self
             .vcpus
             .iter()
@@ -362,7 +368,6 @@ impl Machine {
         }
         lock(&self.serial).restore(&snapshot.serial)?;
         self.generation.restore(&snapshot.generation)?;
-        first_pages::populate_page(&self.memory, GuestAddress(GENERATION_PAGE), true);
         Ok(time)
     }
 
