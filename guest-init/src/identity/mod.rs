@@ -6,6 +6,7 @@
 //! A clone adopts an identity again, over that of its template: what the former left behind goes.
 
 mod clock;
+mod connections;
 mod files;
 mod network;
 mod sysctl;
@@ -59,6 +60,9 @@ pub enum IdentityError {
         #[source]
         source: network::LinkError,
     },
+    /// The former machine's connections.
+    #[error("ending the connections of the machine that this one was cloned from")]
+    Connections(#[source] io::Error),
     /// A kernel parameter.
     #[error("setting kernel parameter {name} to {value:?}")]
     Sysctl {
@@ -103,7 +107,12 @@ pub async fn adopt(request: &AdoptIdentityRequest) -> Result<(), IdentityError> 
     files::write(request, &addresses)?;
     // Before the network, so that net.* holds for interfaces that come up; after it they would miss conf.default.
     sysctls.apply()?;
-    network::configure(&interfaces).await
+    let links = network::take_down(&interfaces).await?;
+    if interfaces.iter().any(network::Plan::is_of_clone) {
+        // While nothing that they send has a way out.
+        connections::end_all().map_err(IdentityError::Connections)?;
+    }
+    network::configure(&links).await
 }
 
 fn reseed(entropy: &[u8]) -> Result<(), IdentityError> {

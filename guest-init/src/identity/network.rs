@@ -54,6 +54,11 @@ impl Plan {
         self.addresses.iter().map(|(address, _)| *address)
     }
 
+    /// Whether the interface was another machine's.
+    pub fn is_of_clone(&self) -> bool {
+        !self.template_mac.is_empty()
+    }
+
     fn has(&self, message: &AddressMessage) -> bool {
         let address = message.attributes.iter().find_map(|attribute| match attribute {
             AddressAttribute::Address(address) => Some((*address, message.header.prefix_len)),
@@ -163,21 +168,36 @@ pub async fn bring_up_loopback() -> Result<(), LinkError> {
     .await
 }
 
-/// Does what the plans say.
-pub async fn configure(plans: &[Plan]) -> Result<(), IdentityError> {
+/// An interface that was found and is down.
+pub struct Link<'a> {
+    index: u32,
+    plan: &'a Plan,
+}
+
+/// Finds the interfaces, and ends what they were before.
+pub async fn take_down(plans: &[Plan]) -> Result<Vec<Link<'_>>, IdentityError> {
+    let mut links = Vec::with_capacity(plans.len());
     for plan in plans {
-        configure_one(plan).await?;
+        let index = with_netlink(async |handle| find(handle, plan).await)
+            .await
+            .map_err(plan.error("finding it"))?;
+        with_netlink(async |handle| reset(handle, index, plan).await)
+            .await
+            .map_err(plan.error("ending what it was before"))?;
+        links.push(Link { index, plan });
+    }
+    Ok(links)
+}
+
+/// Does what the plans say.
+pub async fn configure(links: &[Link<'_>]) -> Result<(), IdentityError> {
+    for link in links {
+        configure_one(link).await?;
     }
     Ok(())
 }
 
-async fn configure_one(plan: &Plan) -> Result<(), IdentityError> {
-    let index = with_netlink(async |handle| find(handle, plan).await)
-        .await
-        .map_err(plan.error("finding it"))?;
-    with_netlink(async |handle| take_down(handle, index, plan).await)
-        .await
-        .map_err(plan.error("ending what it was before"))?;
+async fn configure_one(&Link { index, plan }: &Link<'_>) -> Result<(), IdentityError> {
     let mut rename = LinkUnspec::new_with_index(index)
         .name(plan.name.clone())
         .address(plan.mac.clone());
@@ -254,7 +274,7 @@ fn choose(present: &[(Vec<u8>, u32)], plan: &Plan) -> Option<u32> {
 }
 
 /// Takes a link down, and takes away the addresses that are not the plan's. A link that was never up has none.
-async fn take_down(handle: &Handle, index: u32, plan: &Plan) -> Result<(), LinkError> {
+async fn reset(handle: &Handle, index: u32, plan: &Plan) -> Result<(), LinkError> {
     let down = LinkUnspec::new_with_index(index).down().build();
     handle.link().set(down).execute().await?;
     let addresses: Vec<AddressMessage> = handle
@@ -405,7 +425,7 @@ mod tests {
         .unwrap();
         // The second time finds everything as it is to be.
         for _ in 0..2 {
-            configure(&plans).await.unwrap();
+            configure(&take_down(&plans).await.unwrap()).await.unwrap();
             let mut links = handle.link().get().match_name("eth0".to_owned()).execute();
             let link = links.try_next().await.unwrap().unwrap();
             assert_eq!(

@@ -6,7 +6,7 @@ use tokio_vsock::{VsockAddr, VsockStream};
 use tonic::Code;
 
 use crate::{
-    calls::{container, delete_ended, output, run, shell},
+    calls::{container, create_and_start, delete_ended, first_output, output, run, shell},
     guest::{CID, Client, MAC, connect, identity, step},
 };
 
@@ -45,6 +45,36 @@ pub async fn adopts_its_identity(client: &mut Client) {
         adopted.kernel_uptime_us / 1000,
         adopted.init_uptime_us / 1000
     ));
+}
+
+/// A clone's connections with other machines are its template's; those within it are its own.
+pub async fn ends_the_connections_of_the_machine_it_was_cloned_from(client: &mut Client) {
+    step("connections");
+    // Each end of the one connection has this machine's address, each end of the other loopback's.
+    let talk = "mkfifo /tmp/one /tmp/other
+        sleep 1000 | nc -l -p 9101 &
+        { echo joined; sleep 1000; } | nc -l -p 9100 &
+        sleep 1
+        { nc 127.0.0.1 9101 <>/tmp/other; echo never; } &
+        sleep 1
+        nc 10.0.2.15 9100 <>/tmp/one
+        echo ended";
+    create_and_start(client, container("talker", shell(talk))).await;
+    first_output(client, "talker").await;
+    let mut clone = AdoptIdentityRequest {
+        generation: vec![3; 16],
+        ..identity()
+    };
+    clone.interfaces[0].template_mac = clone.interfaces[0].mac.clone();
+    client.adopt_identity(clone).await.unwrap();
+    let (out, err) = output(client, "talker").await;
+    assert_eq!(
+        String::from_utf8_lossy(&out),
+        "joined\nended\n",
+        "{}",
+        String::from_utf8_lossy(&err)
+    );
+    delete_ended(client, "talker").await;
 }
 
 pub async fn mounts_images_once(client: &mut Client) {

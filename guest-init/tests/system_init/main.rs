@@ -32,6 +32,7 @@ async fn a_guest_lives_and_ends() {
     machine::adopts_its_identity(&mut client).await;
     machine::mounts_images_once(&mut client).await;
     containers::runs_a_container(&mut client).await;
+    machine::ends_the_connections_of_the_machine_it_was_cloned_from(&mut client).await;
     containers::says_why_a_program_cannot_run(&mut client).await;
     containers::tells_signals_and_oom(&mut client).await;
     containers::keeps_users_and_limits(&mut client).await;
