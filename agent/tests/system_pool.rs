@@ -10,12 +10,19 @@
 mod host;
 
 use std::{
-    collections::HashSet,
+    collections::{HashMap, HashSet},
+    io::{Read as _, Write as _},
+    net::{Ipv4Addr, TcpStream},
+    os::fd::{AsRawFd as _, OwnedFd},
     thread,
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
-use host::{Done, Host, busybox};
+use host::{Done, Host, LIMIT, busybox, image};
+use nix::{
+    net::if_::if_indextoname,
+    sys::socket::{AddressFamily, LinkAddr, SockFlag, SockProtocol, SockType, recvfrom, setsockopt, socket, sockopt},
+};
 use serde_json::Value;
 
 /// What must differ between any two machines, a line each; then the time.
@@ -152,4 +159,148 @@ fn a_killed_flintd_finds_its_clones_again_and_takes_the_template_as_it_is() {
         "{}",
         host.daemon_log()
     );
+}
+
+/// All frames that pass the host's interfaces, from the time on that this was made.
+struct Capture(OwnedFd);
+
+/// Who a frame says that it is from.
+#[derive(Debug, PartialEq, Eq, Hash)]
+struct Sender {
+    mac: String,
+    address: Option<Ipv4Addr>,
+}
+
+/// A frame's source; none is told of an address by what is neither IPv4 nor ARP, or asks whether an address is free (RFC 5227).
+fn sender(frame: &[u8]) -> Sender {
+    let mac: Vec<_> = frame[6..12].iter().map(|byte| format!("{byte:02x}")).collect();
+    let at = match frame[12..14] {
+        [0x08, 0x00] => Some(26),
+        [0x08, 0x06] => Some(28),
+        _ => None,
+    };
+    let address = at.map(|at| Ipv4Addr::from(<[u8; 4]>::try_from(&frame[at..at + 4]).unwrap()));
+    Sender {
+        mac: mac.join(":"),
+        address: address.filter(|address| !address.is_unspecified()),
+    }
+}
+
+impl Capture {
+    fn start() -> Self {
+        let family = AddressFamily::Packet;
+        let kind = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+        let socket = socket(family, SockType::Raw, kind, SockProtocol::EthAll).expect("a packet socket");
+        setsockopt(&socket, sockopt::RcvBufForce, &(64 << 20)).expect("room for all of them");
+        Self(socket)
+    }
+
+    /// What has come in by the taps so far, by the tap's name.
+    fn sent_by_guests(&self) -> HashMap<String, HashSet<Sender>> {
+        let mut sent: HashMap<_, HashSet<_>> = HashMap::new();
+        let mut frame = [0; 2048];
+        while let Ok((length, Some(from))) = recvfrom::<LinkAddr>(self.0.as_raw_fd(), &mut frame) {
+            let interface = u32::try_from(from.ifindex()).unwrap();
+            let name = if_indextoname(interface).map(|name| name.into_string().unwrap());
+            let incoming = u32::from(from.pkttype()) != u32::from(libc::PACKET_OUTGOING);
+            if let Some(tap) = name.ok().filter(|name| incoming && name.starts_with("flt")) {
+                sent.entry(tap).or_default().insert(sender(&frame[..length]));
+            }
+        }
+        sent
+    }
+}
+
+#[test]
+fn no_clone_sends_a_frame_under_another_identity_than_its_own() {
+    let host = Host::with_pool(4);
+    // Its image is here by then, and does not fill the capture.
+    told(&run(&host, "first"));
+    host.wait_pool_full(2);
+    let capture = Capture::start();
+
+    let names = ["a", "b", "c", "d"];
+    for name in names {
+        host.start_pod(
+            name,
+            "ping -c 3 10.88.0.1 && ping6 -c 1 -w 1 ff02::1%eth0; sleep 1000",
+            "",
+        );
+        assert!(is_clone(&host, name), "{}", host.daemon_log());
+        host.ok(["exec", name, "--", "ping", "-c", "1", "-W", "30", "10.88.0.1"]);
+    }
+
+    let sent = capture.sent_by_guests();
+    println!("{sent:#?}");
+    for name in names {
+        let address: Ipv4Addr = host.pod(name)["status"]["podIps"][0].as_str().unwrap().parse().unwrap();
+        let mac = host.ok(["exec", name, "--", "cat", "/sys/class/net/eth0/address"]);
+        let senders = &sent[&format!("flt{:08x}", address.to_bits())];
+        let own = |sender: &Sender| sender.mac == mac.trim() && sender.address.is_none_or(|its| its == address);
+        assert!(
+            senders.iter().any(|sender| sender.address.is_some()),
+            "{name} has sent nothing"
+        );
+        assert!(senders.iter().all(own), "{name} is {mac} {address}: {senders:?}");
+    }
+}
+
+/// Tells the time to whoever sends a byte. Debian's python3-minimal has no more than `_socket`.
+const CLOCK: &str = r"
+import _socket, time
+listener = _socket.socket(_socket.AF_INET, _socket.SOCK_STREAM)
+listener.bind(('0.0.0.0', 7))
+listener.listen()
+print('up', flush=True)
+stream = _socket.socket(_socket.AF_INET, _socket.SOCK_STREAM, 0, listener._accept()[0])
+while stream.recv(1):
+    stream.send(b'%20d' % time.time_ns())
+";
+
+/// How far a guest's clock is from the host's, and how far off that may be: of many questions, the one answered soonest.
+fn clock_offset(stream: &mut TcpStream) -> (Duration, Duration) {
+    let epoch = |time: SystemTime| time.duration_since(UNIX_EPOCH).unwrap();
+    let asked = (0..100).map(|_| {
+        let before = epoch(SystemTime::now());
+        stream.write_all(b"?").unwrap();
+        let mut answer = [0; 20];
+        stream.read_exact(&mut answer).unwrap();
+        let after = epoch(SystemTime::now());
+        let nanoseconds = str::from_utf8(&answer).unwrap().trim_start().parse().unwrap();
+        let uncertain = (after - before) / 2;
+        (
+            uncertain,
+            Duration::from_nanos(nanoseconds).abs_diff(before + uncertain),
+        )
+    });
+    let (uncertain, offset) = asked.min().unwrap();
+    (offset, uncertain)
+}
+
+#[test]
+fn a_clones_clock_is_the_hosts_within_5_ms() {
+    let host = Host::with_pool(1);
+    // What a clock that went on from the template's time would be off by.
+    thread::sleep(Duration::from_secs(5));
+    host.apply(&format!(
+        "apiVersion: v1\nkind: Pod\nmetadata: {{name: clock}}\nspec:\n  containers:\n  - name: main\n    image: {}\n    \
+         command: [python3, -c, {}]\n",
+        image("python:3"),
+        serde_json::to_string(CLOCK).unwrap()
+    ));
+    assert!(is_clone(&host, "clock"), "{}", host.daemon_log());
+    let (_follower, lines) = host.follow("clock");
+    assert_eq!(lines.recv_timeout(LIMIT).unwrap(), "up");
+    let address = host.pod("clock")["status"]["podIps"][0].as_str().unwrap().to_owned();
+    let mut stream = TcpStream::connect((address, 7)).unwrap();
+    stream.set_nodelay(true).unwrap();
+    // At first, and some seconds later: it must not run away either.
+    let offsets = [0, 6].map(|pause| {
+        thread::sleep(Duration::from_secs(pause));
+        clock_offset(&mut stream)
+    });
+    println!("off by, give or take: {offsets:?}");
+    for (offset, uncertain) in offsets {
+        assert!(offset < Duration::from_millis(5) + uncertain, "{offsets:?}");
+    }
 }
