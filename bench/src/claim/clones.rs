@@ -128,10 +128,16 @@ impl Template {
 
     /// Makes a shell a parked clone.
     pub fn load(&self, sandbox: &mut Sandbox) -> Result<(), Error> {
+        self.begin_load(sandbox)?;
+        sandbox.vmm.answer()
+    }
+
+    /// The same; whoever wants to know waits for the answer. The claim may follow at once: requests are answered in their order.
+    pub fn begin_load(&self, sandbox: &mut Sandbox) -> Result<(), Error> {
         let [state, memory] = ["state", "memory"].map(|name| File::open(self.folder.path().join(name)));
         let (state, memory) = (state?, memory?);
         let load = Command::LoadSnapshot(LoadSnapshot::default());
-        sandbox.vmm.call(load, &[state.as_fd(), memory.as_fd()])
+        sandbox.vmm.begin(load, &[state.as_fd(), memory.as_fd()])
     }
 
     /// A parked clone from nothing.
@@ -176,13 +182,18 @@ impl Sandbox {
         vmm.call(Command::BindSerial(BindSerial {}), &[outside.theirs.as_fd()])
     }
 
-    /// Waits until the clone writes that it goes on, and for the answer to its claim.
-    pub fn wait(&mut self, now: impl FnOnce()) -> Result<(), Error> {
+    /// Waits until the clone writes that it goes on, and for the answers that are still to come.
+    pub fn wait(&mut self, answers: u32, now: impl FnOnce()) -> Result<(), Error> {
         let told = self.told(guest::CLONE);
         now();
         // A claim that was refused tells why; then nobody has to be told that its guest is silent.
-        self.vmm.answer()?;
+        (0..answers).try_for_each(|_| self.vmm.answer())?;
         told
+    }
+
+    /// Waits for the answer to what was begun.
+    pub fn answer(&mut self) -> Result<(), Error> {
+        self.vmm.answer()
     }
 
     /// Of the VMM.

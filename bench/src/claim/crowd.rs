@@ -45,6 +45,6 @@ fn steps(template: &Template) -> Result<[Duration; 4], Error> {
     let begin = Instant::now();
     let mut claim = Duration::ZERO;
     template.claim(&mut sandbox)?;
-    sandbox.wait(|| claim = begin.elapsed())?;
+    sandbox.wait(1, || claim = begin.elapsed())?;
     Ok([spawn, reserve, load, claim])
 }

@@ -58,7 +58,7 @@ pub fn measure(wanted: &Density, report: &mut Report) -> Result<(), Error> {
     tell("parked", &clones, before, &Host::read(cgroup.as_ref())?, report)?;
     for clone in &mut clones {
         template.claim(clone)?;
-        clone.wait(|| ())?;
+        clone.wait(1, || ())?;
     }
     tell("idle", &clones, before, &Host::read(cgroup.as_ref())?, report)
 }

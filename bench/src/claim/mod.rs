@@ -131,11 +131,16 @@ fn claim(template: &Template, ahead: Ahead) -> Result<Duration, Error> {
     let mut sandbox = template.spawn(outside)?;
     template.reserve(&mut sandbox)?;
     let reserved = Instant::now();
-    template.load(&mut sandbox)?;
+    template.begin_load(&mut sandbox)?;
+    let mut answers = 2;
+    if ahead == Ahead::Clone {
+        sandbox.answer()?;
+        answers = 1;
+    }
     let loaded = Instant::now();
     template.claim(&mut sandbox)?;
     let mut told = loaded;
-    sandbox.wait(|| told = Instant::now())?;
+    sandbox.wait(answers, || told = Instant::now())?;
     Ok(told
         - match ahead {
             Ahead::Nothing => begin,
@@ -157,7 +162,7 @@ fn burst(template: &Template, count: u32, samples: &mut Samples) -> Result<(), E
         let now = begin.elapsed();
         let told: Vec<_> = waiting.extract_if(.., |_| ready.next().unwrap_or_default()).collect();
         for sandbox in told {
-            sandbox.wait(|| ())?;
+            sandbox.wait(1, || ())?;
             samples.push(now);
         }
     }

@@ -517,7 +517,7 @@ fn bind_disk(machine: &Machine, message: &BindDisk, fds: Fds) -> Result<(), Fail
         return Err(Failure::invalid("BindDisk names no source"));
     };
     let disk = match source {
-        bind_disk::Source::RawFile(raw) => BlockResource::raw_file(first, raw.direct, limit),
+        bind_disk::Source::RawFile(raw) => BlockResource::raw_file_by(machine.take_ring(), first, raw.direct, limit),
         bind_disk::Source::Image(_) => {
             let image =
                 ImageDevice::open(first, files.collect()).map_err(|error| Failure::of(Code::Resource, &error))?;

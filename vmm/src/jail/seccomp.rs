@@ -352,7 +352,11 @@ fn ioctls(rules: &mut Rules, requests: &[u64]) -> Result<(), BackendError> {
     const REQUEST: u64 = 0xffff;
     let list = rules.entry(libc::SYS_ioctl).or_default();
     for request in requests {
-        list.push(argument(1, SeccompCmpOp::MaskedEq(REQUEST), *request)?);
+        let rule = argument(1, SeccompCmpOp::MaskedEq(REQUEST), *request)?;
+        // Each is compared with, one after the other.
+        if !list.contains(&rule) {
+            list.push(rule);
+        }
     }
     Ok(())
 }

@@ -39,7 +39,7 @@ use crate::snapshot::passport::{Host, Mismatch};
 use crate::vcpu;
 use crate::vcpu::thread::{Context, Vcpu};
 use crate::virtio::balloon::{Balloon, Target};
-use crate::virtio::block::{Block, BlockResource};
+use crate::virtio::block::{Block, BlockResource, Ring};
 use crate::virtio::mem::{Mem, MemSlot, Requested};
 use crate::virtio::net::{Net, NetResource};
 use crate::virtio::rng::Rng;
@@ -185,6 +185,8 @@ pub struct Machine {
     memory: GuestMemory,
     /// Where its memory came from.
     source: Mutex<Arc<dyn MemorySource>>,
+    /// Of a loaded machine: the ring for the raw disk that its claim brings.
+    ring: Mutex<Option<Ring>>,
     pagemap: Arc<Pagemap>,
     shape: CreateMachine,
     host: Host,
@@ -250,6 +252,7 @@ impl Machine {
             windows,
             memory,
             source: Mutex::new(Arc::new(Anonymous)),
+            ring: Mutex::default(),
             pagemap: shell.pagemap.clone(),
             shape: config.shape.clone(),
             host: host_facts,
@@ -273,6 +276,12 @@ impl Machine {
     /// The descriptor cannot be used.
     pub fn bind_serial(&self, sink: OwnedFd) -> Result<(), Error> {
         Ok(self.serial.lock().unwrap_or_else(PoisonError::into_inner).bind(sink)?)
+    }
+
+    /// A ring that was made ahead for a disk, if there is one left.
+    #[must_use]
+    pub fn take_ring(&self) -> Option<Ring> {
+        self.ring.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
 
     /// Puts a disk behind a slot.

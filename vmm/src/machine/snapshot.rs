@@ -28,6 +28,7 @@ use crate::platform::GENERATION_PAGE;
 use crate::snapshot::{MachineRecord, RangeRecord, Snapshot};
 use crate::vcpu::first_pages;
 use crate::vcpu::state::{VcpuState, VcpuTime};
+use crate::virtio::block::Ring;
 use crate::virtio::core::lock;
 
 /// Where a loaded machine's time stands until it is claimed.
@@ -314,6 +315,8 @@ impl Machine {
         }
         let time = self.set(snapshot, khz)?;
         *lock(&self.source) = source;
+        // A host without io_uring says so to whoever binds a disk.
+        *lock(&self.ring) = Ring::new().ok();
         Ok(time)
     }
 
@@ -371,13 +374,11 @@ impl Machine {
         Ok(time)
     }
 
-    /// Takes from the vCPUs' threads what only loading needs.
+    /// Takes from the vCPUs' threads what only loading needs, before they do anything else.
     pub(super) fn narrow_vcpus(&self, confine: &Confine) -> Result<(), Error> {
-        let narrowed = self.vcpus.iter().map(|vcpu| vcpu.narrow(confine.narrow_vcpu()));
-        for answer in narrowed.collect::<Result<Vec<_>, _>>()? {
-            answer.wait()?.map_err(host("narrowing a vCPU thread's filter"))?;
-        }
-        Ok(())
+        self.vcpus
+            .iter()
+            .try_for_each(|vcpu| Ok(vcpu.narrow(confine.narrow_vcpu())?))
     }
 
     /// Lets a loaded machine go on, its time where it stood.

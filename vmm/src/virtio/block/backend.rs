@@ -7,7 +7,7 @@ use std::os::unix::fs::FileTypeExt;
 
 use flint_snapshots::device::ImageDevice;
 
-use super::engine::Engine;
+use super::engine::{Engine, Ring};
 use super::request::SECTOR_BYTES;
 use crate::virtio::device::DeviceError;
 use crate::virtio::rate_limit::{RateLimit, RateLimiter};
@@ -58,6 +58,14 @@ impl BlockResource {
     /// # Errors
     /// When it is neither, when its size is no multiple of 512 bytes, or when the host has no io_uring.
     pub fn raw_file(file: File, direct: bool, limit: RateLimit) -> Result<Self, DeviceError> {
+        Self::raw_file_by(None, file, direct, limit)
+    }
+
+    /// The same by a ring that was made ahead, if there is one.
+    ///
+    /// # Errors
+    /// As [`Self::raw_file`].
+    pub fn raw_file_by(ring: Option<Ring>, file: File, direct: bool, limit: RateLimit) -> Result<Self, DeviceError> {
         let size = disk_size(&file)?;
         // SAFETY: F_GETFL only asks, and the descriptor is open.
         let flags = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_GETFL) };
@@ -79,7 +87,8 @@ impl BlockResource {
                 ));
             }
         }
-        let engine = Engine::new(file).map_err(DeviceError::host("set up io_uring for the disk"))?;
+        let engine = ring.map_or_else(Ring::new, Ok).and_then(|ring| Engine::new(ring, file));
+        let engine = engine.map_err(DeviceError::host("set up io_uring for the disk"))?;
         Self::new(Backend::Raw(Box::new(engine)), size, read_only, limit)
     }
 

@@ -45,6 +45,23 @@ enum Transfer {
     Other(Box<Entry>),
 }
 
+/// An io_uring that knows no file yet: most of what a disk costs when it is bound, and can be made ahead.
+pub struct Ring(IoUring);
+
+impl Ring {
+    /// Makes one.
+    ///
+    /// # Errors
+    /// When the kernel has no io_uring for us.
+    pub fn new() -> io::Result<Self> {
+        let ring = IoUring::builder()
+            .dontfork()
+            .setup_r_disabled()
+            .build(u32::from(DEPTH))?;
+        Ok(Self(ring))
+    }
+}
+
 /// The io_uring of one disk.
 pub struct Engine {
     ring: IoUring,
@@ -64,15 +81,11 @@ pub enum Submitted {
 }
 
 impl Engine {
-    /// A ring for one file.
+    /// Gives a ring its file, and lets it do nothing else.
     ///
     /// # Errors
-    /// When the kernel has no io_uring for us.
-    pub fn new(file: File) -> io::Result<Self> {
-        let ring = IoUring::builder()
-            .dontfork()
-            .setup_r_disabled()
-            .build(u32::from(DEPTH))?;
+    /// When the kernel refuses.
+    pub fn new(Ring(ring): Ring, file: File) -> io::Result<Self> {
         ring.submitter().register_files(&[file.as_raw_fd()])?;
         let operations = [
             opcode::Readv::CODE,

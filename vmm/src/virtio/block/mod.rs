@@ -25,6 +25,7 @@ use vmm_sys_util::epoll::EventSet;
 
 use self::backend::Backend;
 pub use self::backend::{BlockResource, ImageSource};
+pub use self::engine::Ring;
 use self::engine::{Engine, Submitted};
 use self::request::{Disk, Finished, MAX_RANGE_SECTORS, Operation, Parsed, Pending, SECTOR_BYTES, Status};
 use super::chain::{Chain, GuestBuffer};
