@@ -11,8 +11,8 @@ use std::time::Duration;
 
 use flint_api::vmm::request::Command;
 use flint_api::vmm::{
-    BindDisk, BindNet, BindSerial, BindVsock, Claim, ClaimDisk, CreateMachine, DiskSlot, LoadKernel, LoadSnapshot,
-    NetSlot, Pause, RawFile, ReserveMachine, SaveSnapshot, Start, VsockSlot, bind_disk,
+    BindDisk, BindNet, BindSerial, BindVsock, Claim, ClaimDisk, CreateMachine, DiskSlot, ImageDevice, LoadKernel,
+    LoadSnapshot, NetSlot, Pause, RawFile, ReserveMachine, SaveSnapshot, Start, VsockSlot, bind_disk,
 };
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use tempfile::TempDir;
@@ -59,17 +59,12 @@ pub struct Sandbox {
 impl Template {
     /// Makes one of a machine with so much memory.
     pub fn new(program: &Path, memory_bytes: u64) -> Result<Self, Error> {
-        let disk = || -> Result<File, Error> {
-            let disk = tempfile::tempfile()?;
-            disk.set_len(DISK_BYTES)?;
-            Ok(disk)
-        };
         let template = Self {
             program: program.to_owned(),
             folder: tempfile::tempdir()?,
             machine: machine(memory_bytes),
-            image: disk()?,
-            scratch: disk()?,
+            image: empty_image()?,
+            scratch: scratch()?,
             taps: Taps::default(),
         };
         template.make()?;
@@ -150,16 +145,19 @@ impl Template {
 
     /// Claims a parked clone, with an image, a scratch disk and a tap; whoever wants to know waits for it.
     pub fn claim(&self, sandbox: &mut Sandbox) -> Result<(), Error> {
-        let disk = |slot| ClaimDisk {
+        let disk = |slot, source| ClaimDisk {
             disk: Some(BindDisk {
                 slot,
-                source: Some(bind_disk::Source::RawFile(RawFile { direct: false })),
+                source: Some(source),
                 rate_limit: None,
             }),
             fds: 1,
         };
         let claim = Claim {
-            disks: vec![disk(0), disk(IMAGES)],
+            disks: vec![
+                disk(0, bind_disk::Source::Image(ImageDevice {})),
+                disk(IMAGES, bind_disk::Source::RawFile(RawFile { direct: false })),
+            ],
             nets: vec![BindNet::default()],
             ..Claim::default()
         };
@@ -211,6 +209,25 @@ impl Sandbox {
             Err(format!("the guest wrote {byte:?} instead of {what}").into())
         }
     }
+}
+
+fn scratch() -> Result<File, Error> {
+    let disk = tempfile::tempfile()?;
+    disk.set_len(DISK_BYTES)?;
+    Ok(disk)
+}
+
+/// The device table of an image that is all zeros: no packs, no chunks, no extents (flint-snapshots, `device::table`).
+fn empty_image() -> Result<File, Error> {
+    let mut head = [0; 64];
+    head[..8].copy_from_slice(b"FLINTDEV");
+    head[8] = 1; // version
+    head[16..24].copy_from_slice(&DISK_BYTES.to_le_bytes());
+    let mut table = tempfile::tempfile()?;
+    table.write_all(&head)?;
+    table.write_all(blake3::hash(&head).as_bytes())?;
+    table.set_len(4096)?;
+    Ok(table)
 }
 
 /// Waits until at least one has written; which have.

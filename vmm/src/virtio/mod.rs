@@ -2,15 +2,16 @@
 //!
 //! ```text
 //!   vCPU threads            control thread                 one thread for each device
-//!   MmioTransport  ------>  DeviceHandle  -- commands -->  Worker { Device }
-//!        |                                                    |
+//!   MmioTransport  ------>  DeviceHandle  -- commands -->  Worker
+//!        |                       |  lock                      |  lock, once for each event
+//!        |                       +--------> Device <----------+
 //!        +------------------- Core (shared) ------------------+
 //!          config space, interrupt, counters, one notify eventfd for each queue
 //! ```
 //!
 //! - [`mmio`]: registers, status machine, feature negotiation: all that is the same for every device.
-//! - [`worker`]: the thread that owns a [`device::Device`]; its commands are activate, reset, bind, pause, resume,
-//!   save, restore.
+//! - [`worker`]: the thread that serves a [`device::Device`]; its commands are activate, reset, pause, resume. To bind, save
+//!   and restore a device nobody has to wake it.
 //! - [`queue`] and [`chain`]: rings and descriptors. Descriptors are read once, into owned values, and checked there.
 //! - [`block`], [`net`], [`vsock`], [`rng`], [`balloon`], [`mem`]: the devices; each has the same parts in the same order: config space, state,
 //!   activate, process, save and restore.
