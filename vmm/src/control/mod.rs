@@ -92,6 +92,8 @@ impl Server {
                 Err(error) => break (Exit::new(ExitReason::VmmError, format!("control loop: {error}")), None),
             };
         };
+        // What the guest opened before its end is told before its end.
+        self.forward_dials();
         let event = Event {
             event: Some(event::Event::Exited(exit.to_message())),
         };

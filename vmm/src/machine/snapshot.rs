@@ -374,11 +374,13 @@ impl Machine {
         Ok(time)
     }
 
-    /// Takes from the vCPUs' threads what only loading needs, before they do anything else.
+    /// Takes from the vCPUs' threads what only loading needs.
     pub(super) fn narrow_vcpus(&self, confine: &Confine) -> Result<(), Error> {
-        self.vcpus
-            .iter()
-            .try_for_each(|vcpu| Ok(vcpu.narrow(confine.narrow_vcpu())?))
+        let narrowed = self.vcpus.iter().map(|vcpu| vcpu.narrow(confine.narrow_vcpu()));
+        for answer in narrowed.collect::<Result<Vec<_>, _>>()? {
+            answer.wait()?.map_err(host("narrowing a vCPU thread's filter"))?;
+        }
+        Ok(())
     }
 
     /// Lets a loaded machine go on, its time where it stood.

@@ -62,7 +62,7 @@ enum Command {
     Save(Vec<u32>, Reply<Box<VcpuState>>),
     Restore(Box<VcpuState>, Option<u32>, Reply<()>),
     RestoreTime(VcpuTime, Reply<()>),
-    Narrow(Narrowing),
+    Narrow(Narrowing, Sender<io::Result<()>>),
 }
 
 /// A vCPU in its thread.
@@ -218,13 +218,15 @@ impl Vcpu {
         self.ask(|reply| Command::RestoreTime(time, reply))
     }
 
-    /// Has its thread confine itself further before it does anything else. A thread that cannot ends, and the sandbox with it.
+    /// Has its thread confine itself further.
     ///
     /// # Errors
-    /// The thread is gone.
-    pub fn narrow(&self, confine: impl FnOnce() -> io::Result<()> + Send + 'static) -> Result<(), Error> {
-        let narrow = Command::Narrow(Box::new(confine));
-        self.inbox.send(narrow).map_err(|_| self.gone())
+    /// The thread is gone; the answer tells whether the host refuses.
+    pub fn narrow(
+        &self,
+        confine: impl FnOnce() -> io::Result<()> + Send + 'static,
+    ) -> Result<Answer<'_, io::Result<()>>, Error> {
+        self.ask(|reply| Command::Narrow(Box::new(confine), reply))
     }
 
     fn ask<T>(&self, command: impl FnOnce(Sender<T>) -> Command) -> Result<Answer<'_, T>, Error> {
@@ -318,13 +320,7 @@ impl Runner {
                 drop(reply.send(restored));
             }
             Command::RestoreTime(time, reply) => drop(reply.send(self.told(state::restore_time(&self.fd, time)))),
-            Command::Narrow(confine) => {
-                if let Err(error) = confine() {
-                    let detail = format!("narrowing the filter of vCPU {}'s thread: {error}", self.id);
-                    self.context.exit.set(Exit::new(ExitReason::VmmError, detail));
-                    return Next::End;
-                }
-            }
+            Command::Narrow(confine, reply) => drop(reply.send(confine())),
         }
         Next::Wait
     }
