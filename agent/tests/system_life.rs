@@ -3,6 +3,7 @@
 mod host;
 
 use std::fs;
+use std::io;
 use std::os::unix::fs::MetadataExt as _;
 use std::process::{Command, Stdio};
 use std::thread;
@@ -188,4 +189,22 @@ fn a_flintd_or_a_vmm_that_is_killed_over_a_snapshot_leaves_nothing_of_it() {
     host::kill(host.vmms()[0]);
     assert_eq!(client.wait().expect("wait").code(), Some(1));
     assert_eq!(entries(&host, "snapshots"), 0);
+}
+
+#[test]
+fn a_full_disk_fails_a_snapshot_and_the_pod_goes_on() {
+    let host = Host::start_on_disk(160 << 20);
+    host.start_pod("web", "sleep 1000", "");
+    // Leaves a fraction of what the guest has in memory.
+    let mut filler = fs::File::create(host.path("state/filler")).expect("make a file");
+    let full = io::copy(&mut io::repeat(1), &mut filler).expect_err("the disk gets full");
+    assert_eq!(full.kind(), io::ErrorKind::StorageFull);
+    let length = filler.metadata().expect("it is there").len();
+    filler.set_len(length - (4 << 20)).expect("make some room");
+
+    let refused = host.flint(["snapshot", "create", "web"]);
+
+    assert!(refused.code == 1 && refused.stderr.contains("no room"), "{refused:?}");
+    assert_eq!(entries(&host, "snapshots"), 0);
+    host.ok(["exec", "web", "--", "true"]);
 }

@@ -37,7 +37,7 @@ fn words(serial: UnixStream) -> impl FnMut(&str) -> Vec<String> {
 }
 
 /// How many clones are compared; each takes an emulated host half a second. `FLINT_TEST_CLONES` is another number.
-const CLONES: usize = 48;
+const CLONES: usize = 32;
 
 #[test]
 fn no_two_clones_draw_the_same_random_numbers() {
