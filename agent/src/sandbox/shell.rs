@@ -405,3 +405,27 @@ pub(super) fn mark_ready(folder: &Folder) -> Result<(), SandboxError> {
     let path = folder.path("ready");
     fs::write(&path, "").map_err(file_error("make", path))
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashSet;
+
+    use super::*;
+
+    #[test]
+    fn no_two_of_a_thousand_identities_have_anything_in_common() {
+        let mut given = HashSet::new();
+        for number in 0..1000 {
+            let identity = identity_of(&Identity::default(), Vec::new()).unwrap();
+            let (entropy, machine) = (identity.entropy, identity.machine_id);
+            assert_eq!(
+                (entropy.len(), machine.len(), identity.generation.len()),
+                (ENTROPY_BYTES, 32, 16)
+            );
+            // A part of the one must not be a part of another either.
+            for part in entropy.chunks(16).chain([machine.as_bytes(), &identity.generation]) {
+                assert!(given.insert(part.to_vec()), "{number}: {part:02x?}");
+            }
+        }
+    }
+}
