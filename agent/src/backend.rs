@@ -89,6 +89,28 @@ pub struct SavedMachine {
     pub machine: vmm::CreateMachine,
     /// Address of its network interface; empty: it has none.
     pub mac: Vec<u8>,
+    /// Memory that it had plugged, beyond what it was made with.
+    pub plugged_bytes: u64,
+}
+
+/// A saved sandbox, to make another one of.
+#[derive(Clone, Debug)]
+pub struct Origin {
+    /// Its files, open for reading; none changes as long as a sandbox uses it.
+    pub files: Arc<SavedFiles>,
+    /// What it was.
+    pub machine: SavedMachine,
+}
+
+/// No sandbox could be made of a saved one.
+#[derive(Debug, Error)]
+pub enum RestoreError {
+    /// This host cannot run it, now or later; says why, for example which line of its passport differs.
+    #[error("{0}")]
+    Refused(String),
+    /// Something failed.
+    #[error("{0}")]
+    Failed(String),
 }
 
 /// A sandbox could not be saved.
@@ -117,6 +139,14 @@ pub trait Sandboxes: Send + Sync + 'static {
     async fn ready(&self) -> Result<KvmKind, SandboxError>;
     /// Starts a sandbox whose guest has taken its identity and waits for containers. An error leaves nothing behind.
     async fn launch(&self, plan: SandboxPlan, timeline: Timeline) -> Result<Arc<dyn Sandbox>, SandboxError>;
+    /// Starts a sandbox that goes on where a saved one stood, once its guest has taken its identity; nothing that it sends leaves it
+    /// before. Of the plan, the sizes are those of the saved one. An error leaves nothing behind.
+    async fn restore(
+        &self,
+        plan: SandboxPlan,
+        origin: Origin,
+        timeline: Timeline,
+    ) -> Result<Arc<dyn Sandbox>, RestoreError>;
     /// Finds a sandbox that an earlier flintd launched.
     async fn take_over(&self, id: &str) -> Result<TakeOver, SandboxError>;
     /// Ends every sandbox on this host that is not among `known`: an earlier flintd died before it could note them.

@@ -97,6 +97,14 @@ impl Scratch {
         Ok(copy)
     }
 
+    /// A scratch disk with what is on another one, whose size may be any. Blocks.
+    pub fn copy_of(&self, disk: &File) -> Result<File, ScratchError> {
+        let copy = tempfile::tempfile_in(&self.folder).map_err(failed("make a file in", &self.folder))?;
+        let copied = disk.metadata().and_then(|data| copy_sparse(disk, &copy, data.len()));
+        copied.map_err(failed("copy a saved disk in", &self.folder))?;
+        Ok(copy)
+    }
+
     fn template(&self, bytes: u64) -> Result<Arc<File>, ScratchError> {
         // The lock is held over mkfs: of many pods that want a new size at once, one makes it.
         let mut templates = self.templates.lock().unwrap_or_else(PoisonError::into_inner);

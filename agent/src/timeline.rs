@@ -49,6 +49,15 @@ impl Timeline {
         }))
     }
 
+    /// Another timeline that begins when this one did, with what is in it so far: of one of several pods that begin alike.
+    pub fn branch(&self) -> Self {
+        Self(Arc::new(Inner {
+            origin: self.0.origin,
+            age: self.0.age,
+            stages: Mutex::new(self.stages()),
+        }))
+    }
+
     /// Begins a stage, for example `image.pull`.
     pub fn begin(&self, name: impl Into<String>) -> Stage {
         Stage {

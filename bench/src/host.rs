@@ -145,8 +145,7 @@ impl Host {
         let request = ApplyPodRequest {
             meta: Some(meta),
             spec: Some(spec),
-            lease_epoch: 0,
-            materials: None,
+            ..ApplyPodRequest::default()
         };
         self.pods().apply_pod(request).await?;
         Ok(uid)

@@ -4,9 +4,12 @@ use std::time::Duration;
 
 use flint_api::host::{self, pods_server::Pods};
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::{Request, Response, Status, async_trait};
+use tonic::{Code, Request, Response, Status, async_trait};
 
-use super::{Answers, Api, fault::bad_field};
+use super::{
+    Answers, Api,
+    fault::{bad_field, fault},
+};
 use crate::pods::duration;
 
 /// Between bookmarks, where nothing happens: a client learns how far it is, and that the connection lives.
@@ -23,9 +26,15 @@ impl Pods for Api {
         let request = request.into_inner();
         self.fence(request.lease_epoch)?;
         let meta = request.meta.ok_or_else(|| bad_field("meta", "must be set"))?;
-        let spec = request.spec.ok_or_else(|| bad_field("spec", "must be set"))?;
-        let materials = request.materials.unwrap_or_default();
-        let pod = self.pods.apply(meta, spec, materials, self.control.draining()).await?;
+        let draining = self.control.draining();
+        let pod = if request.from_snapshot.is_empty() {
+            let spec = request.spec.ok_or_else(|| bad_field("spec", "must be set"))?;
+            let materials = request.materials.unwrap_or_default();
+            self.pods.apply(meta, spec, materials, draining).await?
+        } else {
+            let from = &request.from_snapshot;
+            self.pods.apply_from(from, meta, request.spec, draining).await?
+        };
         Ok(Response::new(host::ApplyPodResponse { pod: Some(pod) }))
     }
 
@@ -65,6 +74,19 @@ impl Pods for Api {
         self.fence(request.lease_epoch)?;
         let pod = Some(self.pods.resume(&request.uid).await?);
         Ok(Response::new(host::ResumePodResponse { pod }))
+    }
+
+    async fn fork_pod(
+        &self,
+        request: Request<host::ForkPodRequest>,
+    ) -> Result<Response<host::ForkPodResponse>, Status> {
+        let request = request.into_inner();
+        self.fence(request.lease_epoch)?;
+        let (pods, draining) = (self.pods.clone(), self.control.draining());
+        // A client that hangs up does not leave it half done.
+        let forked = tokio::spawn(async move { pods.fork(&request.uid, request.forks, draining).await }).await;
+        let pods = forked.map_err(|error| fault(Code::Internal, "FORK", error.to_string()))??;
+        Ok(Response::new(host::ForkPodResponse { pods }))
     }
 
     async fn forget_pod(

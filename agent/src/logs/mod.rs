@@ -100,6 +100,16 @@ impl Logs {
         Ok(writer)
     }
 
+    /// How far into a run's output its log is; 0 if it has none.
+    pub fn offset(&self, uid: &str, container: &str, run: u32) -> io::Result<u64> {
+        writer::offset(&self.folder(uid, container, run))
+    }
+
+    /// The log of a run that began elsewhere: it begins at this place of the run's output. One that has begun stays as it is.
+    pub fn begin_at(&self, uid: &str, container: &str, run: u32, offset: u64) -> io::Result<()> {
+        RunWriter::open(&self.folder(uid, container, run))?.begin_at(offset)
+    }
+
     /// Something was written.
     pub fn wrote(&self, uid: &str, container: &str) {
         if let Some(progress) = self.containers().get(&(uid.into(), container.into())) {

@@ -77,6 +77,15 @@ impl RunWriter {
         self.offset
     }
 
+    /// Goes on at a later place of the output, if nothing was written yet.
+    pub fn begin_at(&mut self, offset: u64) -> io::Result<()> {
+        if self.offset == 0 {
+            self.offset = offset;
+            write_checkpoint(&self.checkpoint, [self.number, self.length, self.offset])?;
+        }
+        Ok(())
+    }
+
     /// Appends a chunk that began at `offset`; what is known already is left out.
     pub fn append(&mut self, offset: u64, time_ns: u64, stream: OutputStream, data: &[u8]) -> io::Result<()> {
         let known = usize::try_from(self.offset.saturating_sub(offset)).unwrap_or(usize::MAX);
@@ -147,6 +156,15 @@ fn write_checkpoint(file: &File, numbers: [u64; 3]) -> io::Result<()> {
         place.copy_from_slice(&number.to_le_bytes());
     }
     file.write_all_at(&bytes, 0)
+}
+
+/// How far a run's log is; 0 if there is none.
+pub(super) fn offset(folder: &Path) -> io::Result<u64> {
+    match File::open(folder.join(CHECKPOINT)) {
+        Ok(checkpoint) => read_checkpoint(&checkpoint).map(|[_, _, offset]| offset),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(0),
+        Err(error) => Err(error),
+    }
 }
 
 fn read_checkpoint(file: &File) -> io::Result<[u64; 3]> {

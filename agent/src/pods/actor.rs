@@ -1,8 +1,9 @@
 //! One task for each pod: performs what its state machine asks for and feeds back what came of it.
 //!
-//! [`standstill`] is what it does to have the sandbox pause and go on, [`save`] how it makes a snapshot of it, [`takeover`] how it
-//! finds one of an earlier flintd.
+//! [`standstill`] is what it does to have the sandbox pause and go on, [`save`] how it makes a snapshot of it, [`restore`] how it makes
+//! one of a snapshot, [`takeover`] how it finds one of an earlier flintd.
 
+mod restore;
 mod save;
 mod standstill;
 mod takeover;
@@ -35,6 +36,7 @@ use crate::{
     timeline::Timeline,
 };
 
+use restore::Source;
 use standstill::Going;
 
 /// Words for an actor that may wait; senders beyond it wait.
@@ -136,7 +138,8 @@ pub(super) struct Actor {
     /// Whoever has the sandbox stand still or go on: one at a time.
     turn: Arc<tokio::sync::Mutex<()>>,
     /// While an earlier flintd's sandbox is being looked for: what was asked of it meanwhile.
-    early: Option<Vec<(Ask, Reply)>>,
+    early: Option<Vec<Command>>,
+    source: Source,
 }
 
 impl Actor {
@@ -161,6 +164,7 @@ impl Actor {
         };
         let machine = record.machine(SystemTime::now());
         let uid = pod.meta.unwrap_or_default().uid;
+        let source = Source::of(&context.saved, &record.from);
         for container in &spec.containers {
             context.logs.expect(&uid, &container.name);
         }
@@ -181,6 +185,7 @@ impl Actor {
             tasks: JoinSet::new(),
             turn: Arc::default(),
             early: None,
+            source,
         };
         (actor, handle)
     }
@@ -231,10 +236,9 @@ impl Actor {
             }
             Input::Stood(result, reply) => self.stood(result, reply).await,
             Input::Went(result, reply) => self.went(result, reply).await,
-            Input::Command(Command::Save(order)) => self.save(*order),
-            Input::Command(Command::Ask(ask, reply)) => match &mut self.early {
-                Some(early) => early.push((ask, reply)),
-                None => self.ask(ask, reply),
+            Input::Command(command @ (Command::Save(_) | Command::Ask(..))) => match &mut self.early {
+                Some(early) => early.push(command),
+                None => self.do_with_sandbox(command),
             },
             Input::Command(Command::Terminate(grace)) => {
                 self.record.terminate(grace, SystemTime::now());
@@ -293,6 +297,7 @@ impl Actor {
         if self.record != before {
             self.context.journal.record(self.record.clone()).await;
         }
+        self.recorded();
     }
 
     /// Does something beside the actor and feeds the result back.
@@ -391,16 +396,19 @@ impl Actor {
                 return;
             }
         };
+        self.record.sandbox_id.clone_from(&id);
         let size = self.context.sizing.of(&self.spec);
         let plan = SandboxPlan {
-            id: id.clone(),
+            id,
             vcpus: size.vcpus,
             memory_bytes: size.memory_bytes,
             images: self.disks.clone(),
             scratch_bytes: size.scratch_bytes,
             identity: self.identity(),
         };
-        self.record.sandbox_id = id;
+        if self.machine.restoring {
+            return self.restore(plan);
+        }
         let (context, timeline) = (self.context.clone(), self.timeline.clone());
         self.spawn(async move {
             Some(match launch(&context, plan, timeline).await {

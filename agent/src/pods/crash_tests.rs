@@ -110,6 +110,17 @@ enum Course {
     Terminated,
     /// It is paused, goes on and ends by itself.
     Paused,
+    /// It is forked, and all end by themselves.
+    Forked,
+}
+
+impl Course {
+    fn pods(self) -> &'static [&'static str] {
+        match self {
+            Self::Forked => &["u", "fork-1", "fork-2"],
+            Self::ByItself | Self::Terminated | Self::Paused => &["u"],
+        }
+    }
 }
 
 /// What the client has had an answer to.
@@ -126,24 +137,28 @@ impl Client {
     async fn drive(&mut self, world: &World, pods: &Pods, course: Course) -> Result<(), PodError> {
         if self.end.is_none() {
             pods.apply(meta(), spec(), host::PodMaterials::default(), false).await?;
-            let running = until(pods, |status| {
-                has_ended_as(status).is_some()
-                    || matches!(
-                        status.containers[0].state,
-                        Some(host::container_status::State::Running(_))
-                    )
-            });
+            let running = until(pods, |status| has_ended_as(status).is_some() || runs(status));
             running.await;
             match course {
                 Course::Paused if !self.pause(world, pods).await? => return Ok(()),
                 Course::Paused => {}
                 Course::ByItself => world.finish(),
+                Course::Forked => fork(world, pods).await?,
                 Course::Terminated => pods.terminate("u", Some(Duration::from_secs(5))).await?,
             }
-            until(pods, |status| has_ended_as(status).is_some()).await;
-            self.end = has_ended_as(&pods.get("u")?.status.unwrap());
+            for uid in course.pods() {
+                until_of(pods, uid, |status| has_ended_as(status).is_some()).await;
+                let status = pods.get(uid)?.status.unwrap();
+                let end = has_ended_as(&status);
+                assert!(self.end.is_none() || self.end == end, "{uid}: {status:?}");
+                self.end = end;
+            }
         }
-        self.forget(pods).await
+        for uid in course.pods() {
+            self.forget(pods, uid).await?;
+        }
+        self.forgotten = true;
+        Ok(())
     }
 
     /// Pauses the pod, and is gone; the next time it finds it paused, and has it go on and end.
@@ -168,14 +183,35 @@ impl Client {
         }
     }
 
-    async fn forget(&mut self, pods: &Pods) -> Result<(), PodError> {
-        match pods.forget("u").await {
+    async fn forget(&self, pods: &Pods, uid: &str) -> Result<(), PodError> {
+        match pods.forget(uid).await {
             // The earlier call was done, and its answer lost.
-            Ok(()) | Err(PodError::NotFound(_)) => self.forgotten = true,
-            Err(error) => return Err(error),
+            Ok(()) | Err(PodError::NotFound(_)) => Ok(()),
+            Err(error) => Err(error),
         }
-        Ok(())
     }
+}
+
+/// Makes its forks, and has all come to their ends when they run.
+async fn fork(world: &World, pods: &Pods) -> Result<(), PodError> {
+    let forks = ["fork-1", "fork-2"].map(|name| host::PodMeta {
+        uid: name.into(),
+        name: name.into(),
+        ..meta()
+    });
+    for pod in pods.fork("u", forks.to_vec(), false).await? {
+        let uid = pod.meta.unwrap_or_default().uid;
+        until_of(pods, &uid, |status| has_ended_as(status).is_some() || runs(status)).await;
+    }
+    world.finish();
+    Ok(())
+}
+
+fn runs(status: &host::PodStatus) -> bool {
+    matches!(
+        status.containers[0].state,
+        Some(host::container_status::State::Running(_))
+    )
 }
 
 fn has_ended_as(status: &host::PodStatus) -> Option<host::pod_status::Phase> {
@@ -184,11 +220,15 @@ fn has_ended_as(status: &host::PodStatus) -> Option<host::pod_status::Phase> {
 }
 
 async fn until(pods: &Pods, condition: impl Fn(&host::PodStatus) -> bool) {
+    until_of(pods, "u", condition).await;
+}
+
+async fn until_of(pods: &Pods, uid: &str, condition: impl Fn(&host::PodStatus) -> bool) {
     let journal = &pods.context.journal;
     let (_, revision) = journal.list();
     let mut watcher = journal.watch(revision).unwrap();
     while !pods
-        .get("u")
+        .get(uid)
         .is_ok_and(|pod| pod.status.as_ref().is_some_and(&condition))
     {
         watcher.next().await.unwrap();
@@ -222,7 +262,7 @@ fn context(world: &World, life: &Life, journal: Journal, folder: &std::path::Pat
         cpu_milli: 2000,
         memory_bytes: 1 << 30,
         scratch_bytes: 0,
-        pods: 1,
+        pods: 3,
     };
     Context {
         sandboxes: Arc::new(world.seen_by(life.clone())),
@@ -312,18 +352,23 @@ fn story(course: Course, kills: &[usize]) -> usize {
     // Who pauses the pod leaves it to the next one.
     let last: &[usize] = match course {
         Course::Paused => &[usize::MAX, usize::MAX],
-        Course::ByItself | Course::Terminated => &[usize::MAX],
+        Course::ByItself | Course::Terminated | Course::Forked => &[usize::MAX],
     };
     for most in kills.iter().chain(last).copied() {
         operations = operations.max(live(&world, &image, folder.path(), &mut client, course, most));
     }
     assert!(client.forgotten, "{kills:?}: {client:?}");
     let phase = match course {
-        Course::ByItself | Course::Paused => host::pod_status::Phase::Succeeded,
+        Course::ByItself | Course::Paused | Course::Forked => host::pod_status::Phase::Succeeded,
         Course::Terminated => host::pod_status::Phase::Failed,
     };
     assert_eq!(client.end, Some(phase), "{kills:?}: {world:?}");
-    world.assert_clean(&format!("{course:?} killed at {kills:?}"));
+    world.assert_clean(&format!("{course:?} killed at {kills:?}"), course.pods().len());
+    let saved: Vec<_> = std::fs::read_dir(folder.path().join("snapshots"))
+        .unwrap()
+        .flatten()
+        .collect();
+    assert!(saved.is_empty(), "{kills:?}: snapshots that nobody sees: {saved:?}");
     let logs: Vec<_> = std::fs::read_dir(folder.path().join("logs"))
         .map_or_else(|_| Vec::new(), |entries| entries.flatten().collect());
     assert!(logs.is_empty(), "{kills:?}: logs of a forgotten pod: {logs:?}");
@@ -346,6 +391,11 @@ fn a_pod_that_ends_by_itself_does_so_once_wherever_flintd_is_killed() {
 #[test]
 fn a_pod_that_was_paused_is_found_so_and_goes_on_when_asked_wherever_flintd_is_killed() {
     at_every_operation(Course::Paused);
+}
+
+#[test]
+fn all_forks_of_a_pod_or_none_begin_once_wherever_flintd_is_killed() {
+    at_every_operation(Course::Forked);
 }
 
 #[test]

@@ -23,6 +23,17 @@ pub enum PodError {
     /// The uid is not known.
     #[error("no pod with uid {0} is known on this host")]
     NotFound(String),
+    /// Another pod has it.
+    #[error("there is a pod {0} on this host already: choose another uid and name, or remove it first")]
+    Taken(String),
+    /// The request is for too few or too many.
+    #[error("a pod is forked into 1 to {most} others at a time, not into {asked}")]
+    ForkCount {
+        /// So many were wanted.
+        asked: usize,
+        /// So many are possible.
+        most: usize,
+    },
     /// An older generation than the one known.
     #[error("pod {uid}: generation {given} is older than {known}, which is known")]
     Stale {

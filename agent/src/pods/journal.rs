@@ -43,8 +43,8 @@ pub struct Journal {
 
 #[derive(Debug)]
 struct Entry {
-    /// Absent: only to know that all earlier ones are written.
-    change: Option<Change>,
+    /// Together or not at all. None: only to know that all earlier ones are written.
+    changes: Vec<Change>,
     done: Option<oneshot::Sender<Result<u64, String>>>,
 }
 
@@ -96,9 +96,14 @@ impl Journal {
 
     /// Records a change and answers with its revision when it is durable.
     pub async fn commit(&self, change: Change) -> Result<u64, String> {
+        self.commit_all(vec![change]).await
+    }
+
+    /// Records changes, all of them or none, and answers when they are durable.
+    pub async fn commit_all(&self, changes: Vec<Change>) -> Result<u64, String> {
         let (done, answer) = oneshot::channel();
         let entry = Entry {
-            change: Some(change),
+            changes,
             done: Some(done),
         };
         self.changes
@@ -115,7 +120,7 @@ impl Journal {
             return;
         };
         let entry = Entry {
-            change: Some(Change::Put(uid, Box::new(record))),
+            changes: vec![Change::Put(uid, Box::new(record))],
             done: None,
         };
         // The receiver ends only with the process.
@@ -127,7 +132,7 @@ impl Journal {
     pub async fn flush(&self) {
         let (done, answer) = oneshot::channel();
         let entry = Entry {
-            change: None,
+            changes: Vec::new(),
             done: Some(done),
         };
         if self.changes.send(entry).await.is_ok() {
@@ -253,7 +258,7 @@ impl Writer {
         let mut changes = std::mem::take(&mut self.unwritten);
         let mut waiting = Vec::new();
         for entry in batch {
-            if let Some(change) = entry.change {
+            for change in entry.changes {
                 supersede(&mut changes, &change);
                 changes.push(change);
             }

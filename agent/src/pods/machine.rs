@@ -16,7 +16,7 @@
 
 use std::time::{Duration, SystemTime};
 
-use flint_api::{guest, host};
+use flint_api::{guest, host, vmm::ExitReason};
 
 pub use super::event::{Action, Event, StepError, Timer};
 use super::{
@@ -28,6 +28,8 @@ use crate::backend::SandboxExit;
 
 /// How long a pod that was shut down may take until its VMM is killed.
 const SHUTDOWN_PATIENCE: Duration = Duration::from_secs(10);
+/// Why a pod ends whose snapshot this host cannot run.
+pub(super) const SNAPSHOT_REFUSED: &str = "SnapshotRefused";
 /// How long `ErrImagePull` stands before it becomes `ImagePullBackOff`.
 const PULL_ERROR_STANDS: Duration = Duration::from_secs(1);
 
@@ -81,6 +83,8 @@ pub struct Machine {
     pub(super) finished_at: Option<SystemTime>,
     pub(super) terminating: Option<Duration>,
     pub(super) pause: Option<Pause>,
+    /// The sandbox is to be made of a snapshot, with containers that run already.
+    pub(super) restoring: bool,
     pub(super) reason: String,
     pub(super) message: String,
 }
@@ -103,6 +107,7 @@ impl Machine {
             finished_at: None,
             terminating: None,
             pause: None,
+            restoring: false,
             reason: String::new(),
             message: String::new(),
         }
@@ -232,6 +237,7 @@ impl Machine {
     ) {
         self.life = Life::Up;
         self.pause = None;
+        self.restoring = false;
         self.addresses = addresses;
         self.reason.clear();
         self.message.clear();
@@ -256,9 +262,11 @@ impl Machine {
     }
 
     fn launch_failed(&mut self, error: StepError, now: SystemTime, actions: &mut Vec<Action>) {
+        // No later try would find the host another one.
+        let for_good = error.reason == SNAPSHOT_REFUSED;
         self.reason = error.reason;
         self.message = error.message;
-        if self.policy == host::RestartPolicy::Never || self.terminating.is_some() {
+        if self.policy == host::RestartPolicy::Never || self.terminating.is_some() || for_good {
             self.end_all(|container| container.never_ran(now));
             self.finish(now);
         } else {
@@ -337,12 +345,17 @@ impl Machine {
         }
         self.addresses.clear();
         self.pause = None;
-        // An earlier flintd was killed while it made the sandbox. That is no try of the pod's own: nothing of it has run.
-        let untouched = self.containers.iter().all(|container| !container.begun);
+        // An earlier flintd was killed while it made the sandbox. That is no try of the pod's own: nothing of it has run, or what was
+        // restored had no identity yet and has been ended. A pod that was restored and then lost its sandbox is not sent back in time.
+        let untouched = match self.restoring {
+            true => exit.reason == ExitReason::Stopped,
+            false => self.containers.iter().all(|container| !container.begun),
+        };
         if self.life == Life::Launching && untouched && self.terminating.is_none() {
             self.launch(actions);
             return;
         }
+        self.restoring = false;
         let expected = self.life == Life::Stopping || self.terminating.is_some();
         let message = format!("the sandbox ended: {exit}");
         if expected || self.policy == host::RestartPolicy::Never {

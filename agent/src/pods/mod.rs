@@ -1,7 +1,7 @@
 //! Pods: what each one is, what it takes, and the task that brings it there.
 //!
 //! [`machine`] is the state machine, [`actor`] the task that performs it, [`journal`] the way of every change to the store
-//! and to watchers; [`validate`] and [`admission`] decide what comes in.
+//! and to watchers; [`validate`] and [`admission`] decide what comes in; [`fork`] makes pods of others.
 
 mod actor;
 pub mod admission;
@@ -10,6 +10,7 @@ mod backoff;
 mod container;
 mod error;
 mod event;
+mod fork;
 pub mod journal;
 pub mod machine;
 mod output;
@@ -38,7 +39,7 @@ use crate::{
     logs::{Logs, Query},
     metrics::Metrics,
     probe::KvmKind,
-    saved::SavedPods,
+    saved::{Draft, SavedPods},
     store::{Change, Loaded},
     timeline::Timeline,
 };
@@ -126,11 +127,8 @@ impl Pods {
         let _ = pods.ready().await;
         for record in loaded.pods.into_iter().filter(|record| !record.ended) {
             let Some(pod) = &record.pod else { continue };
-            let (meta, spec) = (
-                pod.meta.clone().unwrap_or_default(),
-                pod.spec.clone().unwrap_or_default(),
-            );
-            pods.context.ledger.retake(&meta.uid, pods.context.sizing.of(&spec));
+            let meta = pod.meta.clone().unwrap_or_default();
+            pods.context.ledger.retake(&meta.uid, pods.size_of(&record));
             let status = pod.status.clone().unwrap_or_default();
             let age = status
                 .created_at
@@ -139,6 +137,11 @@ impl Pods {
             // A clock that was set back: better from now than in the future.
             let timeline = Timeline::resume(status.timeline, age.and_then(Result::ok).unwrap_or_default());
             pods.spawn(&meta.uid, record, HashMap::new(), timeline);
+        }
+        // Whoever still needs a snapshot holds it by now.
+        let saved = pods.context.saved.clone();
+        if let Err(error) = tokio::task::spawn_blocking(move || saved.remove_orphans()).await {
+            warn!(%error, "removing snapshots that nobody needs failed");
         }
         Arc::new(pods)
     }
@@ -277,12 +280,19 @@ impl Pods {
     /// Saves a pod under a name; an empty one is chosen.
     pub async fn save(&self, uid: &str, name: &str) -> Result<host::Snapshot, PodError> {
         let pod = self.get(uid)?;
-        let not_up = || PodError::NotUp(uid.to_owned());
-        let actor = self.actors().get(uid).cloned().ok_or_else(not_up)?;
         if has_ended(&pod) {
-            return Err(not_up());
+            return Err(PodError::NotUp(uid.to_owned()));
         }
         let draft = self.context.saved.begin(name, &pod.meta.unwrap_or_default().name)?;
+        self.save_as(uid, draft).await
+    }
+
+    async fn save_as(&self, uid: &str, draft: Draft) -> Result<host::Snapshot, PodError> {
+        let not_up = || PodError::NotUp(uid.to_owned());
+        let actor = self.actors().get(uid).cloned().ok_or_else(not_up)?;
+        if has_ended(&self.get(uid)?) {
+            return Err(not_up());
+        }
         let (reply, answer) = oneshot::channel();
         actor.send(Command::Save(Box::new(SaveOrder { draft, reply }))).await;
         // A task that has ended meanwhile has dropped the order.

@@ -34,6 +34,12 @@ pub struct PodRecord {
     /// Whether nothing will happen any more.
     #[prost(bool, tag = "6")]
     pub ended: bool,
+    /// The snapshot that its sandbox is to be made of; empty: its images, because it was not made of one, or its sandbox was there.
+    #[prost(string, tag = "7")]
+    pub from: String,
+    /// Memory of the saved machine that it was made of, which may be more than its spec says.
+    #[prost(uint64, tag = "8")]
+    pub saved_memory_bytes: u64,
 }
 
 /// A container as the store keeps it, beside its status.
@@ -63,6 +69,9 @@ impl PodRecord {
         });
         self.sandbox_failures = machine.sandbox_backoff.failures();
         self.ended = machine.life == Life::Ended;
+        if !machine.restoring || self.ended {
+            self.from.clear();
+        }
         self.containers = machine
             .containers
             .iter()
@@ -85,6 +94,7 @@ impl PodRecord {
         machine.reason = status.reason;
         machine.message = status.message;
         machine.terminating = self.grace_left(now);
+        machine.restoring = !self.from.is_empty();
         if self.ended {
             machine.life = Life::Ended;
         } else if !self.sandbox_id.is_empty() {

@@ -5,9 +5,13 @@ use std::sync::Arc;
 use flint_api::{guest, host};
 use tokio::sync::mpsc;
 
-use super::{Context, machine::StepError};
+use super::{
+    Context,
+    machine::{SNAPSHOT_REFUSED, StepError},
+};
 use crate::{
-    backend::{ImageError, PullOrder, Sandbox, SandboxPlan},
+    backend::{ImageError, Origin, PullOrder, RestoreError, Sandbox, SandboxPlan, SavedMachine},
+    saved::{SavedFiles, SavedRecord},
     timeline::Timeline,
 };
 
@@ -100,6 +104,51 @@ pub(super) async fn launch(
     stage.end();
     context.metrics.launched(begun.elapsed(), &timeline);
     Ok(sandbox)
+}
+
+/// A sandbox that goes on where a saved pod stood, with its containers; their logs begin where the saved pod's were.
+pub(super) async fn restore(
+    context: &Arc<Context>,
+    uid: &str,
+    plan: SandboxPlan,
+    record: SavedRecord,
+    files: SavedFiles,
+    timeline: Timeline,
+) -> Result<(Arc<dyn Sandbox>, Vec<guest::ContainerStatus>), StepError> {
+    let failed = |message: String| StepError::new("FailedCreatePodSandBox", message);
+    let begun = std::time::Instant::now();
+    let images = plan.images.len();
+    let (logs, of) = (context.logs.clone(), uid.to_owned());
+    let seeded = tokio::task::spawn_blocking(move || {
+        let mut outputs = record.outputs.iter();
+        outputs.try_for_each(|output| logs.begin_at(&of, &output.container, output.run, output.offset))
+    });
+    let seeded = seeded.await.unwrap_or_else(|error| Err(std::io::Error::other(error)));
+    seeded.map_err(|error| failed(format!("beginning its logs: {error}")))?;
+    let origin = Origin {
+        files: Arc::new(files),
+        machine: SavedMachine {
+            machine: record.machine.unwrap_or_default(),
+            mac: record.mac,
+            plugged_bytes: record.plugged_bytes,
+        },
+    };
+    let restored = context.sandboxes.restore(plan, origin, timeline.clone()).await;
+    let sandbox = restored.map_err(|error| match error {
+        RestoreError::Refused(message) => StepError::new(SNAPSHOT_REFUSED, message),
+        RestoreError::Failed(message) => failed(message),
+    })?;
+    match survey(&sandbox, images).await {
+        Ok(containers) => {
+            context.metrics.launched(begun.elapsed(), &timeline);
+            Ok((sandbox, containers))
+        }
+        Err(error) => {
+            sandbox.kill().await;
+            let exit = sandbox.exited().await;
+            Err(failed(format!("{error}; {exit}")))
+        }
+    }
 }
 
 /// Has the guest mount the images of its disks; one that is mounted already stays so.

@@ -8,7 +8,10 @@ use tonic::{async_trait, transport::Channel};
 use tracing::warn;
 
 use crate::{
-    backend::{Sandbox, SandboxError, SandboxExit, SandboxPlan, Sandboxes, SaveError, SavedMachine, TakeOver},
+    backend::{
+        Origin, RestoreError, Sandbox, SandboxError, SandboxExit, SandboxPlan, Sandboxes, SaveError, SavedMachine,
+        TakeOver,
+    },
     chain,
     probe::KvmKind,
     sandbox::{self, DiskSource, DiskSpec, Exited, Manager, NetSpec, SandboxSpec, TakenOver, is_disk_full},
@@ -40,6 +43,48 @@ impl MicroVms {
             .map_err(|error| SandboxError(format!("image {digest}: {}", chain(&error))))?;
         let device = self.images.device(parsed).await;
         device.map_err(|error| SandboxError(format!("opening image {digest}: {}", chain(&error))))
+    }
+
+    /// What the manager makes of a plan, and what keeps its images in the store.
+    async fn spec(&self, plan: SandboxPlan) -> Result<(SandboxSpec, Vec<InUse>), SandboxError> {
+        let mut disks = Vec::new();
+        let mut guards = Vec::new();
+        for (number, digest) in plan.images.iter().enumerate() {
+            let DeviceFiles { table, packs, guard } = self.device(digest).await?;
+            guards.push(guard);
+            disks.push(DiskSpec {
+                serial: format!("image-{number}"),
+                source: DiskSource::Image {
+                    name: digest.clone(),
+                    table: Arc::new(OwnedFd::from(table)),
+                    packs: packs.into_iter().map(|pack| Arc::new(OwnedFd::from(pack))).collect(),
+                },
+                read_only: true,
+                rate_limit: None,
+            });
+        }
+        disks.push(DiskSpec {
+            serial: "scratch".into(),
+            source: DiskSource::Scratch {
+                bytes: plan.scratch_bytes,
+            },
+            read_only: false,
+            rate_limit: None,
+        });
+        let spec = SandboxSpec {
+            id: plan.id,
+            vcpus: plan.vcpus,
+            memory_bytes: plan.memory_bytes,
+            disks,
+            net: Some(NetSpec::default()),
+            identity: sandbox::Identity {
+                hostname: plan.identity.hostname,
+                dns: plan.identity.dns.unwrap_or_default(),
+                aliases: plan.identity.host_aliases,
+                sysctls: plan.identity.sysctls,
+            },
+        };
+        Ok((spec, guards))
     }
 
     /// Keeps the images of a sandbox that was found running. One that is gone from the store, which takes a hand from
@@ -79,43 +124,7 @@ impl Sandboxes for MicroVms {
     }
 
     async fn launch(&self, plan: SandboxPlan, timeline: Timeline) -> Result<Arc<dyn Sandbox>, SandboxError> {
-        let mut disks = Vec::new();
-        let mut guards = Vec::new();
-        for (number, digest) in plan.images.iter().enumerate() {
-            let DeviceFiles { table, packs, guard } = self.device(digest).await?;
-            guards.push(guard);
-            disks.push(DiskSpec {
-                serial: format!("image-{number}"),
-                source: DiskSource::Image {
-                    name: digest.clone(),
-                    table: Arc::new(OwnedFd::from(table)),
-                    packs: packs.into_iter().map(|pack| Arc::new(OwnedFd::from(pack))).collect(),
-                },
-                read_only: true,
-                rate_limit: None,
-            });
-        }
-        disks.push(DiskSpec {
-            serial: "scratch".into(),
-            source: DiskSource::Scratch {
-                bytes: plan.scratch_bytes,
-            },
-            read_only: false,
-            rate_limit: None,
-        });
-        let spec = SandboxSpec {
-            id: plan.id,
-            vcpus: plan.vcpus,
-            memory_bytes: plan.memory_bytes,
-            disks,
-            net: Some(NetSpec::default()),
-            identity: sandbox::Identity {
-                hostname: plan.identity.hostname,
-                dns: plan.identity.dns.unwrap_or_default(),
-                aliases: plan.identity.host_aliases,
-                sysctls: plan.identity.sysctls,
-            },
-        };
+        let (spec, guards) = self.spec(plan).await?;
         let sandbox = self
             .manager
             .launch(spec, &timeline)
@@ -125,6 +134,24 @@ impl Sandboxes for MicroVms {
             sandbox,
             _images: guards,
         }))
+    }
+
+    async fn restore(
+        &self,
+        plan: SandboxPlan,
+        origin: Origin,
+        timeline: Timeline,
+    ) -> Result<Arc<dyn Sandbox>, RestoreError> {
+        let (spec, _images) = self
+            .spec(plan)
+            .await
+            .map_err(|error| RestoreError::Failed(error.to_string()))?;
+        let restored = self.manager.restore(spec, &origin, &timeline).await;
+        let sandbox = restored.map_err(|error| match &error {
+            sandbox::SandboxError::Snapshot(_) => RestoreError::Refused(chain(&error)),
+            _ => RestoreError::Failed(chain(&error)),
+        })?;
+        Ok(Arc::new(MicroVm { sandbox, _images }))
     }
 
     async fn take_over(&self, id: &str) -> Result<TakeOver, SandboxError> {

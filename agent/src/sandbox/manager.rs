@@ -85,7 +85,7 @@ impl Config {
 /// Makes sandboxes. One for each host.
 #[derive(Debug)]
 pub struct Manager {
-    means: Arc<Means>,
+    pub(super) means: Arc<Means>,
     pool: Pool,
     unclaimed: Unclaimed,
 }
@@ -294,7 +294,7 @@ pub(super) fn spec_error(id: &str, what: impl Into<String>) -> SandboxError {
 }
 
 /// The wish with its sizes rounded, if it can be fulfilled.
-fn checked(mut spec: SandboxSpec) -> Result<SandboxSpec, SandboxError> {
+pub(super) fn checked(mut spec: SandboxSpec) -> Result<SandboxSpec, SandboxError> {
     let wrong = |what: &str| Err(spec_error(&spec.id, what));
     let plain = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
     // It becomes a folder, a cgroup and an argument.

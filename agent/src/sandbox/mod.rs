@@ -16,6 +16,7 @@
 //! - [`control`], [`packet`]: the VMM control protocol.
 //! - [`supervisor`]: one task for each sandbox; says why it ended.
 //! - [`save`]: a sandbox that stands still, written into files.
+//! - [`restore`]: a sandbox that is made of such files.
 //! - [`intent`]: what a sandbox holds on this host, on disk before it is taken.
 //! - [`guest`]: gRPC to flint-init over the VMM's vsock socket.
 
@@ -26,6 +27,7 @@ mod manager;
 mod means;
 mod packet;
 pub mod pool;
+mod restore;
 mod save;
 mod shell;
 mod supervisor;
@@ -241,6 +243,9 @@ pub enum SandboxError {
         #[source]
         source: pool::TemplateError,
     },
+    /// A snapshot cannot be run on this host.
+    #[error("this host cannot run the snapshot: {0}")]
+    Snapshot(String),
     /// The wish cannot be fulfilled.
     #[error("sandbox {id:?}: {what}")]
     Spec {

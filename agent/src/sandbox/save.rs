@@ -51,6 +51,7 @@ impl Sandbox {
                 .address
                 .map(|address| mac_of(address).to_vec())
                 .unwrap_or_default(),
+            plugged_bytes: plugged,
         })
     }
 }

@@ -8,10 +8,12 @@
 //!                            record  what was saved, written last
 //! ```
 //!
+//! A pod that is forked is saved under a name that people do not see, `.fork-<number>`, which goes with the last fork that is made of it.
+//!
 //! A snapshot gets its name when all of it is on the disk; one that is removed loses the name first. So what has a name is whole.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, HashMap},
     fs::{self, DirBuilder, File},
     io::{self, Write as _},
     os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _},
@@ -28,6 +30,8 @@ use crate::pods::PodRecord;
 
 /// Prefix of what has no name: no snapshot's begins like this.
 const UNNAMED: &str = ".new-";
+/// Prefix of the name of a snapshot that people do not see: it is there for a fork.
+const UNLISTED: &str = ".fork-";
 const RECORD: &str = "record";
 
 /// What is known of a saved pod beside its files.
@@ -48,6 +52,26 @@ pub struct SavedRecord {
     /// Address that its network interface had.
     #[prost(bytes = "vec", tag = "5")]
     pub mac: Vec<u8>,
+    /// Memory that the machine had plugged.
+    #[prost(uint64, tag = "6")]
+    pub plugged_bytes: u64,
+    /// How far the containers' logs were.
+    #[prost(message, repeated, tag = "7")]
+    pub outputs: Vec<SavedOutput>,
+}
+
+/// How far the log of a container's run was when the pod was saved: its guest has all that follows, and not all that went before.
+#[derive(Clone, PartialEq, Message)]
+pub struct SavedOutput {
+    /// Name of the container.
+    #[prost(string, tag = "1")]
+    pub container: String,
+    /// Its run.
+    #[prost(uint32, tag = "2")]
+    pub run: u32,
+    /// In bytes of output.
+    #[prost(uint64, tag = "3")]
+    pub offset: u64,
 }
 
 impl SavedRecord {
@@ -68,6 +92,9 @@ pub enum SavedError {
     /// It is not there.
     #[error("there is no snapshot {0} on this host; `flint snapshots` lists them")]
     NotFound(String),
+    /// It is needed.
+    #[error("a pod is being made of snapshot {0} just now: try again when it runs")]
+    InUse(String),
     /// There are enough.
     #[error("this host has {0} snapshots, as many as it may have (flintd --max-snapshots): remove one")]
     TooMany(usize),
@@ -103,8 +130,31 @@ pub struct SavedPods(Arc<Inner>);
 struct Inner {
     folder: PathBuf,
     most: usize,
+    known: Mutex<Known>,
+}
+
+#[derive(Debug, Default)]
+struct Known {
     /// Absent values are being made.
-    known: Mutex<BTreeMap<String, Option<SavedRecord>>>,
+    records: BTreeMap<String, Option<SavedRecord>>,
+    /// Of which pods are still to be made.
+    holds: HashMap<String, Holds>,
+}
+
+#[derive(Debug, Default)]
+struct Holds {
+    /// How many pods.
+    count: usize,
+    /// One of them was not made, and will be by the next flintd.
+    needed: bool,
+}
+
+impl Known {
+    /// Those that people see.
+    fn listed(&self) -> impl Iterator<Item = &SavedRecord> {
+        let records = self.records.iter().filter(|(name, _)| !is_unlisted(name));
+        records.filter_map(|(_, record)| record.as_ref())
+    }
 }
 
 /// A snapshot that is being made. Dropped unfinished, it is removed.
@@ -114,6 +164,15 @@ pub struct Draft {
     name: String,
     path: PathBuf,
     finished: bool,
+}
+
+/// A snapshot that a pod is to be made of.
+#[derive(Debug)]
+pub struct Held {
+    inner: Arc<Inner>,
+    name: String,
+    record: SavedRecord,
+    released: bool,
 }
 
 /// The files of a snapshot.
@@ -132,7 +191,7 @@ impl SavedPods {
     pub fn open(folder: &Path, most: usize) -> Result<Self, SavedError> {
         let made = DirBuilder::new().recursive(true).mode(0o700).create(folder);
         made.map_err(failed("make the folder", folder))?;
-        let mut known = BTreeMap::new();
+        let mut records = BTreeMap::new();
         for entry in fs::read_dir(folder).map_err(failed("list", folder))? {
             let entry = entry.map_err(failed("list", folder))?;
             let Ok(name) = entry.file_name().into_string() else {
@@ -143,7 +202,7 @@ impl SavedPods {
                 continue;
             }
             match read(&entry.path()) {
-                Ok(record) if record.name() == name => drop(known.insert(name, Some(record))),
+                Ok(record) if record.name() == name => drop(records.insert(name, Some(record))),
                 Ok(_) => warn!(
                     name,
                     "a folder among the snapshots has the record of another one and is left alone"
@@ -156,24 +215,43 @@ impl SavedPods {
         Ok(Self(Arc::new(Inner {
             folder: folder.to_owned(),
             most,
-            known: Mutex::new(known),
+            known: Mutex::new(Known {
+                records,
+                ..Known::default()
+            }),
         })))
     }
 
     /// Begins one; without a name, under the pod's with a number.
     pub fn begin(&self, name: &str, pod: &str) -> Result<Draft, SavedError> {
         let mut known = self.0.known();
-        if known.len() >= self.0.most {
-            return Err(SavedError::TooMany(known.len()));
+        let count = known.records.keys().filter(|name| !is_unlisted(name)).count();
+        if count >= self.0.most {
+            return Err(SavedError::TooMany(count));
         }
         let name = match name {
-            "" => free_name(pod, &known),
+            "" => free_name(pod, &known.records),
             name if is_label(name) => name.to_owned(),
             name => return Err(SavedError::Name(name.to_owned())),
         };
+        self.draft(&mut known, name)
+    }
+
+    /// Begins one that people do not see, and that goes when the last pod was made of it.
+    pub fn begin_unlisted(&self) -> Result<Draft, SavedError> {
+        let mut known = self.0.known();
+        // Their number is no limit: each is one of a pod's that runs.
+        let free = (0..=known.records.len())
+            .map(|number| format!("{UNLISTED}{number}"))
+            .find(|name| !known.records.contains_key(name));
+        // One more than there are: one of them is free.
+        self.draft(&mut known, free.unwrap_or_default())
+    }
+
+    fn draft(&self, known: &mut Known, name: String) -> Result<Draft, SavedError> {
         let path = self.0.folder.join(format!("{UNNAMED}{name}"));
         // A folder that could not be read at the start has its name, too.
-        if known.contains_key(&name) || self.0.folder.join(&name).exists() {
+        if known.records.contains_key(&name) || self.0.folder.join(&name).exists() {
             return Err(SavedError::Exists(name));
         }
         match fs::remove_dir_all(&path) {
@@ -184,7 +262,7 @@ impl SavedPods {
             .mode(0o700)
             .create(&path)
             .map_err(failed("make the folder", &path))?;
-        known.insert(name.clone(), None);
+        known.records.insert(name.clone(), None);
         Ok(Draft {
             inner: Arc::clone(&self.0),
             name,
@@ -196,17 +274,14 @@ impl SavedPods {
     /// All of them, by name.
     pub fn list(&self) -> Vec<host::Snapshot> {
         let known = self.0.known();
-        known
-            .values()
-            .flatten()
-            .filter_map(|record| record.snapshot.clone())
-            .collect()
+        known.listed().filter_map(|record| record.snapshot.clone()).collect()
     }
 
     /// Digests of the images that they need.
     pub fn images(&self) -> Vec<String> {
         let known = self.0.known();
         known
+            .records
             .values()
             .flatten()
             .flat_map(|record| record.disks.clone())
@@ -215,24 +290,116 @@ impl SavedPods {
 
     /// Removes one and says how much that freed. Blocks.
     pub fn remove(&self, name: &str) -> Result<u64, SavedError> {
+        if is_unlisted(name) {
+            return Err(SavedError::NotFound(name.to_owned()));
+        }
+        self.0.remove(&mut self.0.known(), name)
+    }
+
+    /// Holds one for a pod that is to be made of it: it cannot be removed.
+    pub fn hold(&self, name: &str) -> Result<Held, SavedError> {
         let mut known = self.0.known();
-        let Some(Some(record)) = known.get(name) else {
+        let Some(Some(record)) = known.records.get(name) else {
             return Err(SavedError::NotFound(name.to_owned()));
         };
-        let freed = record.snapshot.as_ref().map_or(0, |snapshot| snapshot.stored_bytes);
-        let (path, gone) = (self.0.folder.join(name), self.0.folder.join(format!("{UNNAMED}{name}")));
-        fs::rename(&path, &gone).map_err(failed("remove", &path))?;
-        known.remove(name);
-        // Under the lock, so that none of that name is begun meanwhile. What is left here goes at the next start.
-        fs::remove_dir_all(&gone).map_err(failed("remove", &gone))?;
-        Ok(freed)
+        let record = record.clone();
+        known.holds.entry(name.to_owned()).or_default().count += 1;
+        Ok(Held {
+            inner: Arc::clone(&self.0),
+            name: name.to_owned(),
+            record,
+            released: false,
+        })
+    }
+
+    /// Removes those that people do not see and nobody holds: an earlier flintd was killed over them. Blocks.
+    pub fn remove_orphans(&self) {
+        let mut known = self.0.known();
+        let orphans = known.records.keys().filter(|name| is_unlisted(name));
+        let orphans: Vec<_> = orphans
+            .filter(|name| !known.holds.contains_key(*name))
+            .cloned()
+            .collect();
+        for name in orphans {
+            self.0.remove_or_warn(&mut known, &name);
+        }
     }
 }
 
 impl Inner {
-    fn known(&self) -> MutexGuard<'_, BTreeMap<String, Option<SavedRecord>>> {
+    fn known(&self) -> MutexGuard<'_, Known> {
         // Every change under the lock is one infallible step.
         self.known.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Under the lock, so that none of that name is begun meanwhile.
+    fn remove(&self, known: &mut Known, name: &str) -> Result<u64, SavedError> {
+        let Some(Some(record)) = known.records.get(name) else {
+            return Err(SavedError::NotFound(name.to_owned()));
+        };
+        if known.holds.contains_key(name) {
+            return Err(SavedError::InUse(name.to_owned()));
+        }
+        let freed = record.snapshot.as_ref().map_or(0, |snapshot| snapshot.stored_bytes);
+        let (path, gone) = (self.folder.join(name), self.folder.join(format!("{UNNAMED}{name}")));
+        fs::rename(&path, &gone).map_err(failed("remove", &path))?;
+        known.records.remove(name);
+        // What is left here goes at the next start.
+        fs::remove_dir_all(&gone).map_err(failed("remove", &gone))?;
+        Ok(freed)
+    }
+
+    fn remove_or_warn(&self, known: &mut Known, name: &str) {
+        if let Err(error) = self.remove(known, name) {
+            warn!(name, %error, "a snapshot that nobody needs stays until flintd is started again");
+        }
+    }
+}
+
+impl Held {
+    /// What is known of it.
+    pub fn record(&self) -> &SavedRecord {
+        &self.record
+    }
+
+    /// Its files, for reading. They can be used whatever becomes of the snapshot.
+    pub fn files(&self) -> Result<SavedFiles, SavedError> {
+        let open = |name: &str| {
+            let path = self.inner.folder.join(&self.name).join(name);
+            File::open(&path).map_err(failed("open", path))
+        };
+        Ok(SavedFiles {
+            state: open("state")?,
+            memory: open("memory")?,
+            scratch: open("scratch")?,
+        })
+    }
+}
+
+impl Held {
+    /// The pod was made, or will not be: a snapshot that people do not see goes when all who held it have said so. Blocks.
+    pub fn release(mut self) {
+        self.released = true;
+        let (inner, name) = (Arc::clone(&self.inner), self.name.clone());
+        drop(self);
+        let mut known = inner.known();
+        if is_unlisted(&name) && !known.holds.contains_key(&name) && known.records.contains_key(&name) {
+            inner.remove_or_warn(&mut known, &name);
+        }
+    }
+}
+
+impl Drop for Held {
+    /// Removes nothing, and nobody else will: a flintd that stops leaves to the next one what is still to be made.
+    fn drop(&mut self) {
+        let mut known = self.inner.known();
+        if let Some(holds) = known.holds.get_mut(&self.name) {
+            holds.count -= 1;
+            holds.needed |= !self.released && is_unlisted(&self.name);
+            if holds.count == 0 && !holds.needed {
+                known.holds.remove(&self.name);
+            }
+        }
     }
 }
 
@@ -284,7 +451,7 @@ impl Draft {
         fs::rename(&self.path, &named).map_err(failed("name", &named))?;
         // It has its name: from here on it is one, whatever fails.
         self.finished = true;
-        self.inner.known().insert(self.name.clone(), Some(record));
+        self.inner.known().records.insert(self.name.clone(), Some(record));
         sync_folder(&self.inner.folder)?;
         Ok(snapshot)
     }
@@ -303,7 +470,7 @@ impl Drop for Draft {
         if let Err(error) = fs::remove_dir_all(&self.path) {
             warn!(path = %self.path.display(), %error, "an unfinished snapshot stays until flintd is started again");
         }
-        self.inner.known().remove(&self.name);
+        self.inner.known().records.remove(&self.name);
     }
 }
 
@@ -315,6 +482,10 @@ fn sync_folder(path: &Path) -> Result<(), SavedError> {
 fn read(folder: &Path) -> io::Result<SavedRecord> {
     let bytes = fs::read(folder.join(RECORD))?;
     SavedRecord::decode(bytes.as_slice()).map_err(io::Error::other)
+}
+
+fn is_unlisted(name: &str) -> bool {
+    name.starts_with(UNLISTED)
 }
 
 fn is_label(name: &str) -> bool {
@@ -334,98 +505,4 @@ fn free_name(pod: &str, known: &BTreeMap<String, Option<SavedRecord>>) -> String
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn open(folder: &tempfile::TempDir) -> SavedPods {
-        SavedPods::open(&folder.path().join("snapshots"), 3).unwrap()
-    }
-
-    fn save(saved: &SavedPods, name: &str) -> Result<host::Snapshot, SavedError> {
-        let draft = saved.begin(name, "web.blue")?;
-        let files = draft.files()?;
-        files.memory.set_len(64 << 20).unwrap();
-        (&files.memory).write_all(b"memory").unwrap();
-        draft.finish(
-            &files,
-            SavedRecord {
-                disks: vec!["sha256:b".into()],
-                ..SavedRecord::default()
-            },
-        )
-    }
-
-    fn names(saved: &SavedPods) -> Vec<String> {
-        saved.list().into_iter().map(|snapshot| snapshot.name).collect()
-    }
-
-    #[test]
-    fn a_snapshot_is_there_after_a_restart_until_it_is_removed() {
-        let folder = tempfile::tempdir().unwrap();
-        let saved = open(&folder);
-        let first = save(&saved, "").unwrap();
-        assert_eq!(first.name, "web-blue-1");
-        assert!(
-            (1..1 << 20).contains(&first.stored_bytes),
-            "holes cost nothing: {first:?}"
-        );
-        assert_eq!(save(&saved, "").unwrap().name, "web-blue-2");
-
-        let saved = open(&folder);
-        assert_eq!(saved.list()[0], first);
-        assert_eq!(saved.images(), ["sha256:b", "sha256:b"]);
-        assert_eq!(saved.remove("web-blue-1").unwrap(), first.stored_bytes);
-        assert!(matches!(saved.remove("web-blue-1"), Err(SavedError::NotFound(_))));
-        assert_eq!(names(&open(&folder)), ["web-blue-2"]);
-        assert_eq!(names(&saved), ["web-blue-2"]);
-    }
-
-    #[test]
-    fn what_is_not_finished_leaves_nothing_now_or_at_the_next_start() {
-        let folder = tempfile::tempdir().unwrap();
-        let saved = open(&folder);
-        drop(saved.begin("a", "").unwrap());
-        let killed = saved.begin("b", "").unwrap();
-        killed.files().unwrap();
-        std::mem::forget(killed);
-
-        let saved = open(&folder);
-
-        assert!(names(&saved).is_empty());
-        let left = fs::read_dir(folder.path().join("snapshots")).unwrap().count();
-        assert_eq!(left, 0);
-        save(&saved, "b").unwrap();
-    }
-
-    #[test]
-    fn a_name_is_taken_once_checked_and_their_number_bounded() {
-        let folder = tempfile::tempdir().unwrap();
-        let saved = open(&folder);
-        let being_made = saved.begin("a", "").unwrap();
-        assert!(matches!(save(&saved, "a"), Err(SavedError::Exists(_))));
-        assert!(names(&saved).is_empty(), "it is not there yet");
-        drop(being_made);
-        save(&saved, "a").unwrap();
-        assert!(matches!(save(&saved, "a"), Err(SavedError::Exists(_))));
-        for wrong in ["A", "a/b", "..", ".new-a", "-a", "a-", &"a".repeat(64)] {
-            assert!(matches!(save(&saved, wrong), Err(SavedError::Name(_))), "{wrong}");
-        }
-        save(&saved, "b").unwrap();
-        save(&saved, "c").unwrap();
-        assert!(matches!(save(&saved, "d"), Err(SavedError::TooMany(3))));
-    }
-
-    #[test]
-    fn a_folder_whose_record_is_damaged_is_no_snapshot_and_is_not_touched() {
-        let folder = tempfile::tempdir().unwrap();
-        save(&open(&folder), "a").unwrap();
-        let path = folder.path().join("snapshots/a");
-        fs::write(path.join(RECORD), [0xff; 40]).unwrap();
-
-        let saved = open(&folder);
-
-        assert!(names(&saved).is_empty());
-        assert!(matches!(save(&saved, "a"), Err(SavedError::Exists(_))));
-        assert!(path.join("memory").exists());
-    }
-}
+mod tests;

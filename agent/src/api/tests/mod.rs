@@ -1,5 +1,6 @@
 //! The host API over a real unix socket, with scripted sandboxes.
 
+mod forks;
 mod pause;
 mod scripted;
 mod snapshots;

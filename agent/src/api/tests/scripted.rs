@@ -2,7 +2,7 @@
 
 use std::{
     collections::{BTreeMap, HashSet},
-    io::Write as _,
+    io::{Read as _, Write as _},
     path::PathBuf,
     sync::{
         Arc, Mutex,
@@ -30,8 +30,8 @@ use tonic::{
 
 use crate::{
     backend::{
-        ImageConfig, ImageError, ImageInfo, Images, PullOrder, Sandbox, SandboxError, SandboxExit, SandboxPlan,
-        Sandboxes, SaveError, SavedMachine, TakeOver,
+        ImageConfig, ImageError, ImageInfo, Images, Origin, PullOrder, RestoreError, Sandbox, SandboxError,
+        SandboxExit, SandboxPlan, Sandboxes, SaveError, SavedMachine, TakeOver,
     },
     saved::SavedFiles,
     timeline::Timeline,
@@ -57,6 +57,7 @@ pub(super) struct ScriptedGuest {
     restless: Arc<AtomicBool>,
     signals: Arc<Mutex<Vec<u32>>>,
     failures: Arc<AtomicU32>,
+    refusal: Arc<Mutex<Option<String>>>,
 }
 
 impl ScriptedGuest {
@@ -100,6 +101,11 @@ impl ScriptedGuest {
 
     pub(super) fn is_paused(&self) -> bool {
         *self.paused.borrow()
+    }
+
+    /// Its snapshots are not for this host.
+    pub(super) fn refuse_restoring(&self, line: &str) {
+        *self.refusal.lock().unwrap() = Some(line.into());
     }
 
     /// How the next saving ends.
@@ -407,6 +413,16 @@ impl Sandboxes for ScriptedSandboxes {
         timeline.mark("vmm.boot");
         self.plans.lock().unwrap().push(plan);
         self.guest.end.send_replace(None);
+        Ok(self.connect().await)
+    }
+    async fn restore(&self, plan: SandboxPlan, origin: Origin, _: Timeline) -> Result<Arc<dyn Sandbox>, RestoreError> {
+        if let Some(line) = self.guest.refusal.lock().unwrap().clone() {
+            return Err(RestoreError::Refused(line));
+        }
+        let mut memory = String::new();
+        (&origin.files.memory).read_to_string(&mut memory).unwrap();
+        assert_eq!(memory, "memory");
+        self.plans.lock().unwrap().push(plan);
         Ok(self.connect().await)
     }
     async fn take_over(&self, _: &str) -> Result<TakeOver, SandboxError> {

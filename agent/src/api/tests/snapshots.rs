@@ -7,11 +7,11 @@ use super::{Flintd, reason};
 use crate::backend::SaveError;
 
 impl Flintd {
-    fn snapshots(&self) -> SnapshotsClient<Channel> {
+    pub(super) fn snapshots(&self) -> SnapshotsClient<Channel> {
         SnapshotsClient::new(self.channel.clone())
     }
 
-    async fn save(&self, uid: &str, name: &str) -> Result<host::Snapshot, Status> {
+    pub(super) async fn save(&self, uid: &str, name: &str) -> Result<host::Snapshot, Status> {
         let request = host::CreateSnapshotRequest {
             uid: uid.into(),
             name: name.into(),
@@ -21,7 +21,7 @@ impl Flintd {
         Ok(created.snapshot.unwrap())
     }
 
-    async fn saved(&self) -> Vec<host::Snapshot> {
+    pub(super) async fn saved(&self) -> Vec<host::Snapshot> {
         let listed = self.snapshots().list(host::ListSnapshotsRequest {}).await.unwrap();
         listed.into_inner().snapshots
     }

@@ -129,6 +129,7 @@ pub async fn apply(client: &Client, mut meta: PodMeta, spec: PodSpec) -> Result<
         spec: Some(spec),
         lease_epoch: 0,
         materials: None,
+        from_snapshot: String::new(),
     };
     let response = client.pods().apply_pod(request).await?.into_inner();
     response.pod.ok_or_else(|| Failure::new("flintd's answer holds no pod"))

@@ -15,6 +15,7 @@ mod client;
 mod doctor;
 mod exec;
 mod failure;
+mod fork;
 mod images;
 mod logs;
 mod output;
@@ -82,6 +83,8 @@ enum Command {
     Pause(standstill::Pause),
     /// Have paused pods go on.
     Resume(standstill::Resume),
+    /// Make new pods of one that runs, as it is now.
+    Fork(fork::Fork),
     /// Save pods as they run; list and remove what was saved.
     #[command(visible_alias = "snapshot")]
     Snapshots(snapshots::Snapshots),
@@ -136,6 +139,7 @@ async fn dispatch(flint: Flint, format: Format) -> Result<u8, Failure> {
         Command::Exec(exec) => exec.execute(connect().await?).await,
         Command::Pause(pause) => pause.execute(connect().await?, format).await,
         Command::Resume(resume) => resume.execute(connect().await?, format).await,
+        Command::Fork(fork) => fork.execute(connect().await?, format).await,
         Command::Snapshots(snapshots) => snapshots.execute(connect().await?, format).await,
         Command::Stop(stop) => stop.execute(connect().await?).await,
         Command::Rm(rm) => rm.execute(connect().await?).await,

@@ -5,8 +5,8 @@ use std::path::Path;
 
 use clap::{Args, ValueEnum};
 use flint_api::host::{
-    AttachRequest, AttachStart, Container, ContainerStatus, EnvVar, ImagePullPolicy, LogsRequest, Pod, PodMeta,
-    PodSpec, Resources, RestartPolicy, SecurityContext, StdinEof, TerminalSize, Terminated, attach_request,
+    ApplyPodRequest, AttachRequest, AttachStart, Container, ContainerStatus, EnvVar, ImagePullPolicy, LogsRequest, Pod,
+    PodMeta, PodSpec, Resources, RestartPolicy, SecurityContext, StdinEof, TerminalSize, Terminated, attach_request,
     container_status,
 };
 use flint_api::kubernetes::Quantity;
@@ -28,7 +28,8 @@ const CONTAINER: &str = "main";
 
 /// Run one container in a pod of its own and take its exit code.
 ///
-/// IMAGE is a registry reference, or a path: an OCI layout folder, or an oci-archive or docker-archive file.
+/// IMAGE is a registry reference, or a path: an OCI layout folder, or an oci-archive or docker-archive file. With --from-snapshot the pod
+/// goes on where a saved one stood, with all of its containers; the log and the exit code are those of the first.
 #[derive(Debug, Args)]
 pub struct Run {
     /// The pod's name; made up if left out.
@@ -70,7 +71,21 @@ pub struct Run {
     /// Replace the image's entrypoint.
     #[arg(long, value_name = "PROGRAM")]
     entrypoint: Option<String>,
+    /// Go on where a saved pod stood, instead of beginning with an image.
+    #[arg(
+        long,
+        value_name = "SNAPSHOT",
+        conflicts_with_all = [
+            "image", "command", "stdin", "tty", "env", "workdir", "user", "cpus", "memory", "pull", "read_only", "entrypoint",
+        ]
+    )]
+    from_snapshot: Option<String>,
     /// The image.
+    #[arg(
+        required_unless_present = "from_snapshot",
+        default_value = "",
+        hide_default_value = true
+    )]
     image: String,
     /// The program's arguments, instead of the image's; a program of its own with no entrypoint in the image.
     #[arg(last = true)]
@@ -86,7 +101,7 @@ enum Pull {
 
 impl Run {
     pub async fn execute(mut self, client: Client, format: Format) -> Result<u8, Failure> {
-        if Path::new(&self.image).exists() {
+        if self.from_snapshot.is_none() && Path::new(&self.image).exists() {
             self.image = images::import(&client, Path::new(&self.image), None).await?;
             self.pull = Pull::Never;
         }
@@ -95,7 +110,10 @@ impl Run {
         } else {
             None
         };
-        let pod = apply::apply(&client, self.meta()?, self.spec()).await?;
+        let pod = match &self.from_snapshot {
+            Some(snapshot) => self.restore(&client, snapshot).await?,
+            None => apply::apply(&client, self.meta()?, self.spec()).await?,
+        };
         if self.detach {
             return detached(&pod, format).map(|()| 0);
         }
@@ -124,6 +142,17 @@ impl Run {
             generation: 1,
             ..PodMeta::default()
         })
+    }
+
+    /// A new pod that goes on where a saved one stood.
+    async fn restore(&self, client: &Client, snapshot: &str) -> Result<Pod, Failure> {
+        let request = ApplyPodRequest {
+            meta: Some(self.meta()?),
+            from_snapshot: snapshot.to_owned(),
+            ..ApplyPodRequest::default()
+        };
+        let response = client.pods().apply_pod(request).await?.into_inner();
+        response.pod.ok_or_else(|| Failure::new("flintd's answer holds no pod"))
     }
 
     fn spec(&self) -> PodSpec {
@@ -167,9 +196,8 @@ impl Run {
 
     /// Streams until the pod has ended.
     async fn follow(&self, client: &Client, pod: &Pod) -> Result<Pod, Failure> {
-        let progress = self
-            .shows_progress()
-            .then(|| tokio::spawn(images::show_pull(client.clone(), self.image.clone())));
+        let shows_progress = self.from_snapshot.is_none() && self.shows_progress();
+        let progress = shows_progress.then(|| tokio::spawn(images::show_pull(client.clone(), self.image.clone())));
         let started = pods::until(client, pod, |pod| {
             pods::is_over(pod) || has_run(pod) || pull_failed(pod).is_some()
         })
@@ -195,9 +223,13 @@ impl Run {
     }
 
     async fn print_log(&self, client: &Client, pod: &Pod) -> Result<(), Failure> {
+        let containers = pod.spec.iter().flat_map(|spec| &spec.containers);
         let request = LogsRequest {
             uid: pods::uid(pod),
-            container: CONTAINER.into(),
+            container: containers
+                .map(|container| container.name.clone())
+                .next()
+                .unwrap_or_default(),
             follow: true,
             ..LogsRequest::default()
         };

@@ -18,12 +18,16 @@ use super::{
 };
 use crate::{
     backend::{Sandbox, SandboxError, SaveError, SavedMachine},
-    saved::{Draft, SavedFiles, SavedRecord},
+    logs::Logs,
+    saved::{Draft, SavedFiles, SavedOutput, SavedRecord},
 };
 
 /// What a snapshot is made of.
 struct Job {
     uid: String,
+    logs: Arc<Logs>,
+    /// Each container's present run.
+    runs: Vec<(String, u32)>,
     sandbox: Arc<dyn Sandbox>,
     draft: Draft,
     record: PodRecord,
@@ -40,6 +44,8 @@ impl Actor {
             Some(sandbox) if self.machine.life() == Life::Up => {
                 let job = Job {
                     uid: self.uid.clone(),
+                    logs: self.context.logs.clone(),
+                    runs: self.present_runs(),
                     sandbox: sandbox.clone(),
                     draft,
                     record: self.record.clone(),
@@ -57,6 +63,11 @@ impl Actor {
         };
         let _ = reply.send(Err(refusal));
     }
+
+    fn present_runs(&self) -> Vec<(String, u32)> {
+        let names = self.spec.containers.iter().map(|container| container.name.clone());
+        names.zip(self.machine.runs().map(|(run, _)| run)).collect()
+    }
 }
 
 impl Job {
@@ -66,7 +77,7 @@ impl Job {
             let _turn = turn.lock().await;
             self.stand_and_save(&files).await
         };
-        let (machine, paused_for) = stood?;
+        let (machine, outputs, paused_for) = stood?;
         let Self {
             uid,
             draft,
@@ -74,7 +85,10 @@ impl Job {
             disks,
             ..
         } = self;
-        let record = describe(record, disks, machine, paused_for);
+        let record = SavedRecord {
+            outputs,
+            ..describe(record, disks, machine, paused_for)
+        };
         let finished = tokio::task::spawn_blocking(move || draft.finish(&files, record)).await;
         let snapshot = finished.map_err(|error| failed(&uid, "saving it", &error.to_string()))??;
         info!(uid, snapshot = snapshot.name, ?paused_for, "saved a pod");
@@ -82,10 +96,11 @@ impl Job {
     }
 
     /// Saves the sandbox, which goes on afterwards as before. Says for how long it stood still.
-    async fn stand_and_save(&self, files: &Arc<SavedFiles>) -> Result<(SavedMachine, Duration), PodError> {
+    async fn stand_and_save(&self, files: &Arc<SavedFiles>) -> Result<Stood, PodError> {
         let pausing = |error: SandboxError| failed(&self.uid, "pausing it", &error.to_string());
         if self.sandbox.is_paused().await.map_err(pausing)? {
-            return Ok((self.save(files).await?, Duration::ZERO));
+            let (machine, outputs) = self.save(files).await?;
+            return Ok((machine, outputs, Duration::ZERO));
         }
         let begun = Instant::now();
         self.sandbox.pause().await.map_err(pausing)?;
@@ -95,16 +110,36 @@ impl Job {
             warn!(uid = self.uid, %error, "the sandbox cannot go on after it was saved, ending it");
             self.sandbox.kill().await;
         }
-        Ok((saved?, begun.elapsed()))
+        let (machine, outputs) = saved?;
+        Ok((machine, outputs, begun.elapsed()))
     }
 
-    async fn save(&self, files: &Arc<SavedFiles>) -> Result<SavedMachine, PodError> {
-        self.sandbox.save(files.clone()).await.map_err(|error| match error {
+    async fn save(&self, files: &Arc<SavedFiles>) -> Result<(SavedMachine, Vec<SavedOutput>), PodError> {
+        let outputs = self.outputs().await?;
+        let machine = self.sandbox.save(files.clone()).await.map_err(|error| match error {
             SaveError::NoSpace => self.draft.refused(io::ErrorKind::StorageFull.into()).into(),
             SaveError::Failed(why) => failed(&self.uid, "saving it", &why),
-        })
+        })?;
+        Ok((machine, outputs))
+    }
+
+    /// How far the logs are, of a guest that stands still: it has given what is in them, and what it was told to forget is in them.
+    async fn outputs(&self) -> Result<Vec<SavedOutput>, PodError> {
+        let (logs, uid, runs) = (self.logs.clone(), self.uid.clone(), self.runs.clone());
+        let read = tokio::task::spawn_blocking(move || {
+            let of = |(container, run): (String, u32)| {
+                let offset = logs.offset(&uid, &container, run)?;
+                Ok(SavedOutput { container, run, offset })
+            };
+            runs.into_iter().map(of).collect::<io::Result<_>>()
+        });
+        let read = read.await.unwrap_or_else(|error| Err(io::Error::other(error)));
+        read.map_err(|error| failed(&self.uid, "reading how far its logs are", &error.to_string()))
     }
 }
+
+/// What was saved of a pod that stood still, and for how long it did.
+type Stood = (SavedMachine, Vec<SavedOutput>, Duration);
 
 fn failed(uid: &str, doing: &'static str, why: &str) -> PodError {
     PodError::Sandbox {
@@ -132,5 +167,7 @@ fn describe(record: PodRecord, disks: Vec<String>, saved: SavedMachine, paused_f
         machine: Some(saved.machine),
         disks,
         mac: saved.mac,
+        plugged_bytes: saved.plugged_bytes,
+        outputs: Vec::new(),
     }
 }

@@ -11,7 +11,7 @@ use tracing::warn;
 
 use super::{
     super::{PodError, machine::Event, machine::Life, steps::survey},
-    Actor, Ask, Input, Reply,
+    Actor, Ask, Command, Input, Reply,
 };
 use crate::backend::{Sandbox, SandboxError};
 
@@ -36,8 +36,17 @@ impl Actor {
 
     /// Has it do what was asked for while it was being looked for.
     pub(super) fn answer_early(&mut self) {
-        for (ask, reply) in self.early.take().into_iter().flatten() {
-            self.ask(ask, reply);
+        for command in self.early.take().into_iter().flatten() {
+            self.do_with_sandbox(command);
+        }
+    }
+
+    /// Has the sandbox as a whole do something, or be saved.
+    pub(super) fn do_with_sandbox(&mut self, command: Command) {
+        match command {
+            Command::Ask(ask, reply) => self.ask(ask, reply),
+            Command::Save(order) => self.save(*order),
+            Command::Update(_) | Command::Terminate(_) => {}
         }
     }
 

@@ -31,7 +31,7 @@ impl Actor {
                 self.disks.push(digest.to_owned());
             }
         }
-        let images = self.disks.len();
+        let (images, restoring) = (self.disks.len(), self.machine.restoring);
         let wish = match (self.machine.pause.is_some(), self.machine.terminating) {
             (true, None) => Wish::StandStill,
             (true, Some(Duration::ZERO)) => Wish::End,
@@ -41,8 +41,13 @@ impl Actor {
             Some(match context.sandboxes.take_over(&id).await {
                 Ok(TakeOver::Running(sandbox)) => look_into(sandbox, &id, images, wish).await,
                 Ok(TakeOver::Ended(exit)) => Input::Event(Event::SandboxGone(exit)),
+                // A sandbox that was to be restored was named before it was made.
                 Err(error) => Input::Event(Event::SandboxGone(SandboxExit {
-                    reason: ExitReason::Killed,
+                    reason: if restoring {
+                        ExitReason::Stopped
+                    } else {
+                        ExitReason::Killed
+                    },
                     detail: format!("it could not be taken over: {error}"),
                 })),
             })

@@ -1,6 +1,9 @@
 //! All streams of one driver: which there are, what of the host's memory each has, and who has something for the guest.
 
-use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::{
+    collections::{BTreeMap, HashMap, VecDeque},
+    hash::{BuildHasher as _, RandomState},
+};
 
 use super::connection::{Caller, Connection};
 use super::packet::{HOST_CID, Header, Op, STREAM};
@@ -34,8 +37,20 @@ pub(super) struct Streams {
     pub(super) resets: VecDeque<Ports>,
     pub(super) granted: u32,
     sockets: u64,
-    ports: u32,
+    ports: NextPort,
     pub(super) scratch: Vec<u8>,
+}
+
+/// The host port to be given next, counted from the first. It begins anywhere: the driver of a restored machine has the sockets of the
+/// streams from before until its programs close them, and refuses a stream between the same two ports.
+struct NextPort(u32);
+
+impl Default for NextPort {
+    fn default() -> Self {
+        let random = RandomState::new().hash_one(0) % u64::from(FIRST_HOST_PORT);
+        // It is below 2^30.
+        Self(u32::try_from(random).unwrap_or_default())
+    }
 }
 
 impl Streams {
@@ -60,8 +75,8 @@ impl Streams {
 
     pub(super) fn free_port(&mut self, guest_port: u32) -> u32 {
         loop {
-            let port = FIRST_HOST_PORT + self.ports;
-            self.ports = (self.ports + 1) % FIRST_HOST_PORT;
+            let port = FIRST_HOST_PORT + self.ports.0;
+            self.ports.0 = (self.ports.0 + 1) % FIRST_HOST_PORT;
             // There are more ports than connections.
             if !self.connections.contains_key(&(port, guest_port)) {
                 return port;
