@@ -146,13 +146,13 @@ impl Client {
                 Course::Forked => fork(world, pods).await?,
                 Course::Terminated => pods.terminate("u", Some(Duration::from_secs(5))).await?,
             }
+            let mut ends = Vec::new();
             for uid in course.pods() {
                 until_of(pods, uid, |status| has_ended_as(status).is_some()).await;
-                let status = pods.get(uid)?.status.unwrap();
-                let end = has_ended_as(&status);
-                assert!(self.end.is_none() || self.end == end, "{uid}: {status:?}");
-                self.end = end;
+                ends.push(has_ended_as(&pods.get(uid)?.status.unwrap()));
             }
+            assert!(ends.iter().all(|end| *end == ends[0]), "{ends:?}: {world:?}");
+            self.end = ends[0];
         }
         for uid in course.pods() {
             self.forget(pods, uid).await?;

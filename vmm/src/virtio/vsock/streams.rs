@@ -157,3 +157,22 @@ impl Streams {
         packet
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn two_devices_give_out_ports_that_differ_and_each_goes_on_with_the_next() {
+        let (mut one, mut other) = (Streams::default(), Streams::default());
+        let first = one.free_port(1024);
+        assert!((FIRST_HOST_PORT..2 * FIRST_HOST_PORT).contains(&first));
+        assert_ne!(first, other.free_port(1024), "one time in 2^30 they are the same");
+        let wrapped = if first == 2 * FIRST_HOST_PORT - 1 {
+            FIRST_HOST_PORT
+        } else {
+            first + 1
+        };
+        assert_eq!(one.free_port(1024), wrapped);
+    }
+}
