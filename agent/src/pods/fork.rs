@@ -265,7 +265,14 @@ fn forked(
             status: Some(status),
             revision: 0,
         }),
-        containers: of.containers.into_iter().map(from_zero).collect(),
+        containers: of
+            .containers
+            .into_iter()
+            .map(|container| ContainerRecord {
+                failures: 0,
+                ..container
+            })
+            .collect(),
         from: snapshot.to_owned(),
         saved_memory_bytes: machine.saturating_add(saved.plugged_bytes),
         ..PodRecord::default()
@@ -287,13 +294,6 @@ fn not_yet(container: host::ContainerStatus) -> host::ContainerStatus {
         restart_count: 0,
         last_termination: None,
         ready: false,
-        ..container
-    }
-}
-
-fn from_zero(container: ContainerRecord) -> ContainerRecord {
-    ContainerRecord {
-        failures: 0,
         ..container
     }
 }

@@ -6,6 +6,7 @@ use flint_api::host::{
     pod_event, pod_status::Phase,
 };
 use prost_types::Duration;
+use tonic::Code;
 
 use crate::client::Client;
 use crate::failure::Failure;
@@ -147,29 +148,52 @@ pub async fn terminate(client: &Client, pod: &Pod, grace_seconds: Option<u32>) -
     Ok(())
 }
 
-/// Follows a pod from where it is until `reached`; a pod that is removed meanwhile is an error.
+/// Follows a pod from where it is now until `reached`; a pod that is removed meanwhile is an error.
 pub async fn until(client: &Client, pod: &Pod, reached: impl Fn(&Pod) -> bool) -> Result<Pod, Failure> {
-    let mut now = pod.clone();
-    let mut events = client
-        .pods()
-        .watch_pods(WatchPodsRequest {
-            from_revision: pod.revision,
-        })
-        .await?
-        .into_inner();
+    loop {
+        // A pod's own revision is no place to begin at: flintd forgets what was before it was started anew.
+        let listed = client.pods().list_pods(ListPodsRequest {}).await?.into_inner();
+        let now = listed.pods.into_iter().find(|known| uid(known) == uid(pod));
+        let now = now.ok_or_else(removed)?;
+        if let Some(pod) = follow(client, now, listed.revision, &reached).await? {
+            return Ok(pod);
+        }
+    }
+}
+
+/// Follows a pod from a revision on; `None`: flintd has forgotten what came after that.
+async fn follow(
+    client: &Client,
+    mut now: Pod,
+    from_revision: u64,
+    reached: impl Fn(&Pod) -> bool,
+) -> Result<Option<Pod>, Failure> {
+    let watched = client.pods().watch_pods(WatchPodsRequest { from_revision }).await;
+    let mut events = match watched {
+        Err(status) if status.code() == Code::OutOfRange => return Ok(None),
+        watched => watched?.into_inner(),
+    };
     while !reached(&now) {
-        let Some(event) = events.message().await? else {
+        let event = match events.message().await {
+            Err(status) if status.code() == Code::OutOfRange => return Ok(None),
+            event => event?,
+        };
+        let Some(event) = event else {
             return Err(Failure::new("flintd ended the watch").hint("is it shutting down? The pod goes on running"));
         };
-        let Some(changed) = event.pod.filter(|changed| uid(changed) == uid(pod)) else {
+        let Some(changed) = event.pod.filter(|changed| uid(changed) == uid(&now)) else {
             continue;
         };
         if event.r#type == pod_event::Type::Removed as i32 {
-            return Err(Failure::new("the pod was removed by somebody else"));
+            return Err(removed());
         }
         now = changed;
     }
-    Ok(now)
+    Ok(Some(now))
+}
+
+fn removed() -> Failure {
+    Failure::new("the pod was removed by somebody else")
 }
 
 /// Remove ended pods with their logs.
@@ -224,7 +248,7 @@ pub async fn forget(client: &Client, pod: &Pod) -> Result<(), Failure> {
         .map_err(|status| {
             let failure = Failure::from(status.clone());
             match status.code() {
-                tonic::Code::FailedPrecondition => failure.hint("stop it first, or add --force"),
+                Code::FailedPrecondition => failure.hint("stop it first, or add --force"),
                 _ => failure,
             }
         })?;
