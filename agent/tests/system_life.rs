@@ -109,6 +109,19 @@ fn a_paused_pod_can_be_stopped_and_killed() {
     assert_eq!((code("stopped"), code("killed")), (5.into(), 137.into()));
 }
 
+#[test]
+fn a_pod_that_has_not_changed_since_flintd_was_started_anew_is_removed_and_waited_for() {
+    let mut host = Host::start();
+    host.start_pod("idle", "sleep 1000", "");
+    host.ok(["pause", "idle"]);
+    // What flintd remembers begins with the last change before its start, which is this one's.
+    host.start_pod("later", "sleep 1000", "");
+    host.kill_daemon();
+    host.start_daemon();
+    host.ok(["rm", "--force", "idle"]);
+    assert_eq!(host.json(["ps", "--all"])["pods"].as_array().map(Vec::len), Some(1));
+}
+
 /// How many files a folder of flintd's state has.
 fn entries(host: &Host, folder: &str) -> usize {
     fs::read_dir(host.path("state").join(folder)).map_or(0, Iterator::count)
