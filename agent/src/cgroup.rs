@@ -104,14 +104,7 @@ impl Cgroups {
             path: self.root.join(id),
         };
         make_folder(&cgroup.path)?;
-        cgroup.limit(
-            "memory.max",
-            limits.guest_memory_bytes.saturating_add(VMM_OVERHEAD_BYTES),
-        )?;
-        cgroup.limit(
-            "cpu.weight",
-            u64::from(limits.vcpus).saturating_mul(100).clamp(1, 10_000),
-        )?;
+        cgroup.set_limits(limits)?;
         Ok(cgroup)
     }
 
@@ -173,6 +166,18 @@ impl Cgroup {
             .filter_map(|line| line.strip_prefix("0::"))
             .map(|path| Path::new(path.strip_suffix(" (deleted)").unwrap_or(path)))
             .any(|path| path.iter().rev().take(2).eq(own.iter().copied()))
+    }
+
+    /// Gives it other limits. Those whose controller is missing are left out.
+    pub fn set_limits(&self, limits: Limits) -> Result<(), CgroupError> {
+        self.limit(
+            "memory.max",
+            limits.guest_memory_bytes.saturating_add(VMM_OVERHEAD_BYTES),
+        )?;
+        self.limit(
+            "cpu.weight",
+            u64::from(limits.vcpus).saturating_mul(100).clamp(1, 10_000),
+        )
     }
 
     /// Lets the processes in here have more memory than their limit, until it is given back.

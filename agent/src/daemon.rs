@@ -12,6 +12,7 @@ use std::{
 };
 
 use clap::Args;
+use flint_api::host::HostInfo;
 use flint_snapshots::images::{ImageStore, ImageStoreOptions};
 use nix::fcntl::{Flock, FlockArg};
 use thiserror::Error;
@@ -119,10 +120,18 @@ pub struct Options {
     /// Writable disk of a pod that does not say, in MiB; sparse.
     #[arg(long, env = "FLINT_POD_SCRATCH", default_value_t = 4096, value_name = "MIB")]
     pub pod_scratch: u64,
-    /// Clones that are parked for pods to come; 0: every pod's machine is booted. Those fit that say nothing about their size,
-    /// or ask for one vCPU, and for as much memory as those that do not.
+    /// Clones that are parked for pods to come; 0: every pod's machine is booted. They grow to their pod's size when they are taken.
     #[arg(long, env = "FLINT_POOL", default_value_t = 4, value_name = "COUNT")]
     pub pool: usize,
+    /// Guest memory of a parked clone, in MiB: pods that need less are booted.
+    #[arg(long, env = "FLINT_POOL_MEMORY", default_value_t = 128, value_name = "MIB")]
+    pub pool_memory: u64,
+    /// Most vCPUs of a pod that is a clone; never more than the host has CPUs.
+    #[arg(long, env = "FLINT_POOL_MAX_CPUS", default_value_t = 16, value_name = "COUNT")]
+    pub pool_max_cpus: u32,
+    /// Most guest memory of a pod that is a clone, in MiB; never more than the host has.
+    #[arg(long, env = "FLINT_POOL_MAX_MEMORY", default_value_t = 32 << 10, value_name = "MIB")]
+    pub pool_max_memory: u64,
     /// Most snapshots at a time.
     #[arg(long, env = "FLINT_MAX_SNAPSHOTS", default_value_t = 64, value_name = "COUNT")]
     pub max_snapshots: usize,
@@ -214,12 +223,6 @@ pub async fn run(options: Options) -> Result<JoinHandle<()>, DaemonError> {
     let images = ImageStore::open(&options.state_dir.join("images"), ImageStoreOptions::default()).await;
     let images = images.map_err(|error| DaemonError::Images(Box::new(error)))?;
     let metrics = Arc::new(Metrics::new());
-    let manager = Manager::new(sandboxes(&options, metrics.pool.clone())).await?;
-    for warning in manager.warnings() {
-        warn!("{warning}");
-    }
-    let (journal, journal_thread) =
-        Journal::start(store, &loaded).map_err(|error| DaemonError::Process("start a thread", error))?;
     let reserve = Reserve {
         cpu_milli: options.reserve_cpu,
         memory_bytes: options.reserve_memory * MIB,
@@ -227,6 +230,12 @@ pub async fn run(options: Options) -> Result<JoinHandle<()>, DaemonError> {
     };
     let info =
         describe(&options.state_dir, reserve).map_err(|error| DaemonError::Process("describe this host", error))?;
+    let manager = Manager::new(sandboxes(&options, &info, metrics.pool.clone())).await?;
+    for warning in manager.warnings() {
+        warn!("{warning}");
+    }
+    let (journal, journal_thread) =
+        Journal::start(store, &loaded).map_err(|error| DaemonError::Process("start a thread", error))?;
     let control = Arc::new(HostControl::new(journal.clone(), loaded.host.clone()));
     let allocatable = info.allocatable.unwrap_or_default();
     let drain_pool = manager.pool().drainer();
@@ -261,7 +270,8 @@ pub async fn run(options: Options) -> Result<JoinHandle<()>, DaemonError> {
     Ok(journal_thread)
 }
 
-fn sandboxes(options: &Options, pool_metrics: PoolMetrics) -> Config {
+fn sandboxes(options: &Options, info: &HostInfo, pool_metrics: PoolMetrics) -> Config {
+    let capacity = info.capacity.unwrap_or_default();
     let mut config = Config::new(
         options.run_dir.clone(),
         options.state_dir.clone(),
@@ -272,8 +282,11 @@ fn sandboxes(options: &Options, pool_metrics: PoolMetrics) -> Config {
     config.cgroup.clone_from(&options.cgroup);
     config.pool = pool::Config {
         size: options.pool,
-        // A pod that says nothing about its size fits.
-        memory_bytes: ((options.pod_memory + options.pod_overhead) * MIB).next_multiple_of(2 * MIB),
+        // Room that no pod can use would cost each parked clone all the same.
+        vcpus: u32::try_from(capacity.cpu_milli / 1000)
+            .map_or(options.pool_max_cpus, |cpus| cpus.min(options.pool_max_cpus)),
+        memory_bytes: (options.pool_memory * MIB).next_multiple_of(2 * MIB),
+        largest_bytes: options.pool_max_memory.saturating_mul(MIB).min(capacity.memory_bytes),
         scratch_bytes: options.pod_scratch * MIB,
         metrics: pool_metrics,
         ..pool::Config::default()

@@ -26,6 +26,8 @@ use nix::{
 use sandbox::{Host, LIMIT, as_daemon, ask, guest, on_a_host, signal, spec, wait_for, wait_there};
 
 const MEMORY: u64 = 32 << 20;
+const VCPUS: u32 = 4;
+const LARGEST: u64 = 4 << 30;
 const SCRATCH: u64 = 16 << 20;
 const SIZE: usize = 2;
 
@@ -112,7 +114,9 @@ fn config(host: &Host) -> Config {
     Config {
         pool: pool::Config {
             size: SIZE,
+            vcpus: VCPUS,
             memory_bytes: MEMORY,
+            largest_bytes: LARGEST,
             scratch_bytes: SCRATCH,
             images: 1,
             ..pool::Config::default()
@@ -159,6 +163,15 @@ fn pod(id: &str) -> SandboxSpec {
             disk("scratch", DiskSource::Scratch { bytes: SCRATCH }, false),
         ],
         ..spec(true)
+    }
+}
+
+/// The largest pod that a clone can be.
+fn large(id: &str) -> SandboxSpec {
+    SandboxSpec {
+        vcpus: VCPUS,
+        memory_bytes: LARGEST,
+        ..pod(id)
     }
 }
 
@@ -291,7 +304,7 @@ fn a_pod_that_does_not_fit_is_booted_and_takes_no_clone() {
         filled(&manager).await;
         let timeline = Timeline::new();
         let large = SandboxSpec {
-            memory_bytes: 2 * MEMORY,
+            vcpus: VCPUS + 1,
             ..pod("a")
         };
         let serial = host.file("serial.log");
@@ -349,7 +362,8 @@ fn between_claim_and_first_instruction_nothing_is_made_or_opened_by_name() {
         filled(&manager).await;
         let vmms: Vec<_> = parked(&host).iter().flat_map(|name| host.processes_of(name)).collect();
         assert_eq!(vmms.len(), SIZE);
-        let (pod, timeline) = (pod("a"), Timeline::new());
+        // The largest that there can be: its size is no matter of the claim's.
+        let (pod, timeline) = (large("a"), Timeline::new());
         let trace = trace::Trace::of(&vmms, &host.folder().join("trace")).await;
         trace::mark();
         manager.launch(pod, &timeline).await.unwrap_err();

@@ -3,7 +3,7 @@
 //! - vCPUs: all are in the ACPI tables, and `maxcpus=1` leaves all but the first where a processor is that was never started.
 //!   Onlining one sends it its start signal.
 //! - Memory: virtio-mem's driver plugs by itself what the VMM asks for, in the background; the kernel onlines each block as it
-//!   comes and tells by a uevent.
+//!   comes and tells by a uevent. Of a last block that is to be plugged in part that part comes with the block.
 
 use std::{
     fs, io,
@@ -39,9 +39,6 @@ pub enum ResourceError {
         #[source]
         source: io::Error,
     },
-    /// Not in the unit that the kernel takes memory in.
-    #[error("plugged_memory_bytes is {wanted}: this kernel takes memory in blocks of {block} bytes")]
-    Unit { wanted: u64, block: u64 },
     /// The kernel said nothing for too long.
     #[error("{online} of {wanted} bytes are plugged, and no more came for {} s", PATIENCE.as_secs())]
     Stuck { online: u64, wanted: u64 },
@@ -64,7 +61,7 @@ impl From<ResourceError> for Status {
     fn from(error: ResourceError) -> Self {
         let text = format!("setting resources: {}", chain(&error));
         match error {
-            ResourceError::Vcpus { .. } | ResourceError::Unit { .. } => Self::invalid_argument(text),
+            ResourceError::Vcpus { .. } => Self::invalid_argument(text),
             ResourceError::Stuck { .. } => Self::deadline_exceeded(text),
             _ => Self::internal(text),
         }
@@ -120,9 +117,6 @@ fn set_vcpus(cpus: &Path, wanted: u32) -> Outcome<()> {
 async fn wait_for_memory(wanted: u64) -> Outcome<()> {
     let events = Uevents::listen().map_err(ResourceError::Events)?;
     let block = block_size(Path::new(MEMORY))?;
-    if !wanted.is_multiple_of(block) {
-        return Err(ResourceError::Unit { wanted, block });
-    }
     loop {
         let online = plugged(Path::new(MEMORY), &read(Path::new(RESOURCES))?, block)?;
         if online >= wanted {

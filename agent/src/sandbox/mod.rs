@@ -322,6 +322,12 @@ pub enum SandboxError {
     /// flint-init refused.
     #[error("the guest could not take its identity: {0}")]
     Identity(#[source] Box<tonic::Status>),
+    /// flint-init could not bring up the pod's vCPUs or memory.
+    #[error("the guest could not take its size: {0}")]
+    Size(#[source] Box<tonic::Status>),
+    /// The guest did not answer.
+    #[error("the guest has not taken its size within {0:?}: see serial.log")]
+    SizeTimeout(Duration),
     /// The VMM is gone; [`SandboxError::Ended`] tells more, where more is known.
     #[error("the sandbox ended while it was starting")]
     Died,

@@ -59,10 +59,15 @@ pub struct Sandbox {
 impl Template {
     /// Makes one of a machine with so much memory.
     pub fn new(program: &Path, memory_bytes: u64) -> Result<Self, Error> {
+        Self::of(program, machine(memory_bytes))
+    }
+
+    /// Makes one of this machine.
+    pub fn of(program: &Path, machine: CreateMachine) -> Result<Self, Error> {
         let template = Self {
             program: program.to_owned(),
             folder: tempfile::tempdir()?,
-            machine: machine(memory_bytes),
+            machine,
             image: empty_image()?,
             scratch: scratch()?,
             taps: Taps::default(),
@@ -189,6 +194,11 @@ impl Sandbox {
         told
     }
 
+    /// Sends a command without descriptors; whoever wants to know waits for its answer.
+    pub fn begin(&mut self, command: Command) -> Result<(), Error> {
+        self.vmm.begin(command, &[])
+    }
+
     /// Waits for the answer to what was begun.
     pub fn answer(&mut self) -> Result<(), Error> {
         self.vmm.answer()
@@ -243,7 +253,7 @@ pub fn ready(sandboxes: &[&mut Sandbox]) -> Result<Vec<bool>, Error> {
 }
 
 /// A machine with the slots of a pod's.
-fn machine(memory_bytes: u64) -> CreateMachine {
+pub fn machine(memory_bytes: u64) -> CreateMachine {
     let slot = |serial: String, read_only| DiskSlot {
         serial,
         read_only,

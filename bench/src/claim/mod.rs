@@ -6,6 +6,7 @@
 //! clones  a template of that guest, and sandboxes on their way to being its clones; tap: their taps
 //! floor   the same by KVM alone, in turn with the clones
 //! crowd   each step beside many parked clones
+//! sizes   clones that become small and large pods
 //! density what idle and parked clones have of the host's memory
 //! ```
 //!
@@ -18,6 +19,7 @@ mod crowd;
 pub mod density;
 mod floor;
 mod guest;
+mod sizes;
 mod tap;
 mod vmm;
 
@@ -52,6 +54,9 @@ pub struct Claims {
     /// Also take each step beside so many parked clones; may be repeated.
     #[arg(long, value_name = "CLONES")]
     beside: Vec<u32>,
+    /// Only whether a claim takes longer for a large pod: the smallest and the largest, clones of one template.
+    #[arg(long)]
+    sizes: bool,
     /// flint-vmm.
     #[arg(long, env = "FLINT_VMM", default_value = "flint-vmm", value_name = "PATH")]
     vmm: PathBuf,
@@ -84,6 +89,9 @@ impl Ahead {
 pub fn measure(wanted: &Claims, report: &mut Report) -> Result<(), Error> {
     report.fact("flint-vmm", wanted.vmm.display().to_string());
     tap::isolate()?;
+    if wanted.sizes {
+        return sizes::measure(&wanted.vmm, wanted.runs, report);
+    }
     let kvm = Kvm::new().map_err(|error| format!("/dev/kvm cannot be opened: {error}"))?;
     let sizes = u32::try_from(wanted.memory.len())?;
     let bursts = if wanted.at_once == 0 { 0 } else { wanted.bursts };

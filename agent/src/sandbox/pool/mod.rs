@@ -9,6 +9,7 @@
 //!
 //! - [`shape`]: what every clone has, and which wishes fit it;
 //! - [`template`]: the saved machine: made, sealed, verified, made anew;
+//! - [`growth`]: from a clone's size to its pod's, once it has woken up;
 //! - [`parked`]: one clone: made, claimed, given its identity. A claim consumes it, so that no two pods get the same one;
 //! - [`keeper`]: the task that fills the pool;
 //! - [`metrics`]: what became of all this.
@@ -16,6 +17,7 @@
 //! A parked clone's folder and intent are those of a sandbox whose start is not complete: a flintd that finds one after the
 //! death of an earlier one ends it.
 
+mod growth;
 mod keeper;
 mod metrics;
 mod parked;
@@ -51,8 +53,12 @@ const ADDRESS_SHARE: usize = 8;
 pub struct Config {
     /// How many clones; 0: none, and every sandbox is booted.
     pub size: usize,
-    /// Memory of a clone, a multiple of 2 MiB.
+    /// Most vCPUs of a pod, at most 32. Each costs a parked clone some tens of KiB.
+    pub vcpus: u32,
+    /// Memory of a parked clone and of the smallest pod, a multiple of 2 MiB.
     pub memory_bytes: u64,
+    /// Memory of the largest pod.
+    pub largest_bytes: u64,
     /// Size of the scratch disk that a clone has ready.
     pub scratch_bytes: u64,
     /// Most images of a pod.
@@ -65,7 +71,9 @@ impl Default for Config {
     fn default() -> Self {
         Self {
             size: 0,
-            memory_bytes: 320 << 20,
+            vcpus: 16,
+            memory_bytes: 128 << 20,
+            largest_bytes: 32 << 30,
             scratch_bytes: 4 << 30,
             images: 8,
             metrics: PoolMetrics::default(),

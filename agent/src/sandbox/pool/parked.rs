@@ -13,7 +13,9 @@ use thiserror::Error;
 use tokio_util::sync::DropGuard;
 
 use super::{
-    Shared, lock,
+    Shared,
+    growth::Growth,
+    lock,
     shape::Shape,
     template::{PLACEHOLDER_MAC, Template, TemplateError},
 };
@@ -55,6 +57,7 @@ pub(super) struct Parked {
 /// A clone that a pod has, and that is about to wake up. Dropped, it ends.
 pub(in crate::sandbox) struct Claimed {
     body: Body,
+    growth: Option<Growth>,
     _refill: Refill,
 }
 
@@ -170,6 +173,7 @@ impl Parked {
                 lock(&shared.ends).remove(&self.body.name);
                 Ok(Claimed {
                     body: self.body,
+                    growth: Growth::of(spec, shape),
                     _refill: refill,
                 })
             }
@@ -240,7 +244,7 @@ async fn load(shell: &Shell, machine: vmm::CreateMachine, template: &Template) -
 }
 
 impl Claimed {
-    /// Waits for the guest, gives it its identity, and then opens its network. A guest that does not acknowledge ends.
+    /// Waits for the guest, gives it its size and identity, and then opens its network. A guest that does not acknowledge ends.
     pub(in crate::sandbox) async fn adopt(
         self,
         means: &Means,
@@ -264,6 +268,9 @@ impl Claimed {
         folder.hand_over(&means.sandboxes, &self.intent(spec))?;
         dialled(end, means.config.boot_timeout).await?;
         stage.end();
+        if let Some(growth) = &self.growth {
+            growth.begin(end, &self.body.control).await?;
+        }
         let interface = means.interface(gate.address(), &PLACEHOLDER_MAC);
         let identity = identity_of(&spec.identity, vec![interface])?;
         let running = Running {
@@ -272,6 +279,9 @@ impl Claimed {
         let ready = running
             .adopt(end, &folder.path("vsock.sock"), identity, timeline)
             .await?;
+        if let Some(growth) = &self.growth {
+            growth.finish(end, &ready.channel, timeline).await?;
+        }
         let stage = timeline.begin("network.open");
         means.network.open(gate)?;
         stage.end();

@@ -11,12 +11,23 @@ use crate::{
 
 /// Serial of the last disk.
 const SCRATCH: &str = "scratch";
+/// What a machine's room for more memory is made of (`CreateMachine.hotplug_bytes`).
+const ROOM_STEP: u64 = 128 << 20;
+/// No machine has more (`CreateMachine`).
+const MOST_ROOM: u64 = 64 << 30;
+const MOST_VCPUS: u32 = 32;
+/// Kernel parameters of a template: vCPUs but the first are left alone, and memory that is plugged is taken at once.
+const GROWING: &str = "maxcpus=1 memhp_default_state=online";
 
-/// The machine that a template is of.
+/// The machine that a template is of: room for the largest pod, of which nothing but the least is in use.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Shape {
+    /// Most vCPUs of a pod; the template runs on one.
     vcpus: u32,
+    /// What the template has.
     memory_bytes: u64,
+    /// What can be plugged beyond.
+    room_bytes: u64,
     /// Image slots: `image-0` and so on.
     images: u32,
     /// Size of the scratch disk that is ready; another size fits too, but has to be made first.
@@ -26,10 +37,10 @@ pub(super) struct Shape {
 /// Why a sandbox cannot be a clone.
 #[derive(Debug, Error, PartialEq, Eq)]
 pub(super) enum Misfit {
-    #[error("it wants {0} vCPUs")]
-    Vcpus(u32),
-    #[error("it wants {0} bytes of memory")]
-    Memory(u64),
+    #[error("it wants {wanted} vCPUs, {most} is the most")]
+    Vcpus { wanted: u32, most: u32 },
+    #[error("it wants {wanted} bytes of memory, {least} to {most} can be had")]
+    Memory { wanted: u64, least: u64, most: u64 },
     #[error("it wants no network")]
     NoNet,
     #[error("there is no slot for its disk {0:?}")]
@@ -39,8 +50,13 @@ pub(super) enum Misfit {
 impl Shape {
     pub(super) fn of(config: &Config) -> Self {
         Self {
-            vcpus: 1,
+            vcpus: config.vcpus.clamp(1, MOST_VCPUS),
             memory_bytes: config.memory_bytes,
+            room_bytes: config
+                .largest_bytes
+                .saturating_sub(config.memory_bytes)
+                .min(MOST_ROOM)
+                .next_multiple_of(ROOM_STEP),
             images: config.images,
             scratch_bytes: config.scratch_bytes,
         }
@@ -48,11 +64,19 @@ impl Shape {
 
     /// Whether a sandbox can be a clone.
     pub(super) fn fits(&self, spec: &SandboxSpec) -> Result<(), Misfit> {
-        if spec.vcpus != self.vcpus {
-            return Err(Misfit::Vcpus(spec.vcpus));
+        if spec.vcpus > self.vcpus {
+            return Err(Misfit::Vcpus {
+                wanted: spec.vcpus,
+                most: self.vcpus,
+            });
         }
-        if spec.memory_bytes != self.memory_bytes {
-            return Err(Misfit::Memory(spec.memory_bytes));
+        let (least, most) = (self.memory_bytes, self.memory_bytes.saturating_add(self.room_bytes));
+        if !(least..=most).contains(&spec.memory_bytes) {
+            return Err(Misfit::Memory {
+                wanted: spec.memory_bytes,
+                least,
+                most,
+            });
         }
         if spec.net.is_none() {
             return Err(Misfit::NoNet);
@@ -74,6 +98,16 @@ impl Shape {
         number.filter(|number| read_only && *number < self.images && disk.serial == image(*number))
     }
 
+    /// Of a clone that has not grown.
+    pub(super) fn memory_bytes(&self) -> u64 {
+        self.memory_bytes
+    }
+
+    /// The kernel command line of the template.
+    pub(super) fn cmdline(&self, cmdline: &str) -> String {
+        format!("{cmdline} {GROWING}")
+    }
+
     /// The machine, with an identity of its own.
     pub(super) fn machine(&self, mac: [u8; 6]) -> CreateMachine {
         let slot = |serial: String, read_only| DiskSlot {
@@ -91,15 +125,16 @@ impl Shape {
             nets: vec![NetSlot { mac: mac.to_vec() }],
             vsock: Some(VsockSlot { guest_cid: GUEST_CID }),
             rng: true,
+            hotplug_bytes: self.room_bytes,
             ..Default::default()
         }
     }
 
-    /// Of a clone's cgroup: those of every pod that fits, so that a claim has none to set.
+    /// Of a clone's cgroup until it has woken up, so that a claim has none to set.
     pub(super) fn limits(&self) -> Limits {
         Limits {
             guest_memory_bytes: self.memory_bytes,
-            vcpus: self.vcpus,
+            vcpus: 1,
         }
     }
 
@@ -107,7 +142,7 @@ impl Shape {
     pub(super) fn template_limits(&self) -> Limits {
         Limits {
             guest_memory_bytes: self.memory_bytes.saturating_mul(2),
-            vcpus: self.vcpus,
+            vcpus: 1,
         }
     }
 }
@@ -123,7 +158,9 @@ mod tests {
 
     fn shape() -> Shape {
         Shape::of(&Config {
+            vcpus: 4,
             memory_bytes: 64 << 20,
+            largest_bytes: 1 << 30,
             images: 2,
             ..Config::default()
         })
@@ -176,14 +213,24 @@ mod tests {
     }
 
     #[test]
-    fn a_pod_of_another_size_does_not_fit() {
-        let vcpus = SandboxSpec { vcpus: 2, ..spec() };
-        assert_eq!(shape().fits(&vcpus), Err(Misfit::Vcpus(2)));
-        let memory = SandboxSpec {
-            memory_bytes: 66 << 20,
-            ..spec()
+    fn a_pod_of_any_size_up_to_the_largest_fits() {
+        let sized = |vcpus, memory_bytes| {
+            shape().fits(&SandboxSpec {
+                vcpus,
+                memory_bytes,
+                ..spec()
+            })
         };
-        assert_eq!(shape().fits(&memory), Err(Misfit::Memory(66 << 20)));
+        // Room comes in steps of 128 MiB: a little more than was asked for.
+        let most = (64 << 20) + (1 << 30);
+        for (vcpus, memory) in [(1, 64 << 20), (4, 64 << 20), (1, 66 << 20), (4, most)] {
+            assert_eq!(sized(vcpus, memory), Ok(()), "{vcpus} {memory}");
+        }
+        assert_eq!(sized(5, 64 << 20), Err(Misfit::Vcpus { wanted: 5, most: 4 }));
+        for wanted in [62 << 20, most + (2 << 20)] {
+            let least = 64 << 20;
+            assert_eq!(sized(1, wanted), Err(Misfit::Memory { wanted, least, most }));
+        }
         let net = SandboxSpec { net: None, ..spec() };
         assert_eq!(shape().fits(&net), Err(Misfit::NoNet));
     }

@@ -48,7 +48,7 @@ use crate::{
 /// Of a template's network interface: locally administered, and no pod's.
 pub(super) const PLACEHOLDER_MAC: [u8; 6] = [0x02, 0xff, 0, 0, 0, 1];
 /// Of what is written here; another one makes other keys.
-const FORMAT: &str = "flint template 1";
+const FORMAT: &str = "flint template 2";
 const DRAFT: &str = "draft-";
 const PAGE: usize = 4096;
 
@@ -202,7 +202,7 @@ async fn save(
     control.command(Command::CreateMachine(machine), &[]).await?;
     load_kernel(
         control,
-        &means.config.cmdline,
+        &shape.cmdline(&means.config.cmdline),
         kernel.as_fd(),
         initrd.as_ref().map(AsFd::as_fd),
     )
@@ -301,7 +301,7 @@ fn key(means: &Means, supply: &Supply, shape: &Shape) -> Result<String, SandboxE
     };
     add(FORMAT.as_bytes());
     add(&shape.machine(PLACEHOLDER_MAC).encode_to_vec());
-    add(means.config.cmdline.as_bytes());
+    add(shape.cmdline(&means.config.cmdline).as_bytes());
     add(&fingerprint(File::open(means.supplies.vmm()), means.supplies.vmm())?);
     add(&fingerprint(Ok(supply.kernel()?), &means.config.kernel)?);
     if let (Some(initrd), Some(path)) = (supply.initrd()?, &means.config.initrd) {

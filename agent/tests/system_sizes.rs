@@ -1,0 +1,78 @@
+//! One template fits any pod: clones of every size, with real Linux guests.
+
+#![allow(
+    clippy::expect_used,
+    clippy::unwrap_used,
+    reason = "a helper that cannot go on fails its test"
+)]
+
+mod host;
+
+use std::fs;
+
+use host::{Host, busybox};
+
+const MIB: u64 = 1 << 20;
+
+fn is_clone(host: &Host, pod: &str) -> bool {
+    let timeline = host.json(["timeline", pod]);
+    println!("{pod}: {}", host.ok(["timeline", pod]));
+    let stages = timeline["timeline"].as_array().unwrap().iter();
+    let names: Vec<_> = stages.map(|stage| stage["name"].as_str().unwrap()).collect();
+    names.contains(&"pool.claim") && names.contains(&"guest.size") && !names.contains(&"vmm.boot")
+}
+
+/// What a container sees of its size: CPUs, its limit, and the machine's memory once it is `least` KiB; then it uses some of it.
+fn size_line(least: u64) -> String {
+    let total = "awk '/MemTotal/ {print $2}' /proc/meminfo";
+    format!(
+        "nproc; cat /sys/fs/cgroup/memory.max; for i in $(seq 300); do [ $({total}) -ge {least} ] && break; usleep 100000; done; \
+         {total}; dd if=/dev/zero of=/dev/shm/used bs=1M count=50 2>/dev/null && echo used"
+    )
+}
+
+#[test]
+fn pods_of_any_size_are_clones_of_one_template() {
+    let host = Host::with_pool(2);
+    // What its container may use; what its machine has is 64 MiB more. The kernel keeps some of that for itself.
+    for (number, (cpus, mib)) in [(1, 65), (2, 1024), (1, 300)].into_iter().enumerate() {
+        let name = format!("p{number}");
+        let (limit, machine) = (mib * MIB, (mib + 64).next_multiple_of(2) << 10);
+        let (least, line) = (machine - (48 << 10), size_line(machine - (48 << 10)));
+        let (cpus, memory) = (format!("{cpus}"), format!("{mib}Mi"));
+        let args = ["run", "--name", &name, "--cpus", &cpus, "--memory", &memory];
+        let image = busybox();
+        let done = host.flint(args.into_iter().chain([image.as_str(), "--", "sh", "-c", &line]));
+        assert!(is_clone(&host, &name), "{done:?} {}", host.daemon_log());
+        let told: Vec<_> = done.stdout.lines().collect();
+        let [nproc, max, total, used] = told[..] else {
+            panic!("{done:?}")
+        };
+        assert_eq!(
+            (nproc, max.parse(), used),
+            (cpus.as_str(), Ok(limit), "used"),
+            "{done:?}"
+        );
+        let total: u64 = total.parse().unwrap();
+        assert!((least..=machine).contains(&total), "{total} of {machine} KiB: {done:?}");
+        host.ok(["rm", &name]);
+        host.wait_pool_full(number + 2);
+    }
+    assert_eq!(host.daemon_log().matches("made a template").count(), 1);
+}
+
+#[test]
+fn a_clones_cgroup_grows_with_its_pod() {
+    /// Of every VMM beyond its guest's memory.
+    const VMM: u64 = 64 * MIB;
+    let host = Host::with_pool(2);
+    host.start_pod("large", "sleep 1000", "    resources: {limits: {memory: 1Gi}}\n");
+    host.wait_pool_full(2);
+    assert!(is_clone(&host, "large"), "{}", host.daemon_log());
+    let cgroups = fs::read_dir("/sys/fs/cgroup/flint").unwrap().flatten();
+    let limits = cgroups.filter_map(|entry| fs::read_to_string(entry.path().join("memory.max")).ok());
+    let mut limits: Vec<u64> = limits.filter_map(|limit| limit.trim().parse().ok()).collect();
+    limits.sort_unstable();
+    let parked = 128 * MIB + VMM;
+    assert_eq!(limits, [parked, parked, (1024 + 64) * MIB + VMM]);
+}
