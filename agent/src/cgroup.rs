@@ -20,8 +20,10 @@ use nix::{
 };
 use thiserror::Error;
 
-/// Host memory that a VMM may use beyond its guest's: its own code, stacks and buffers, and page tables.
-pub const VMM_OVERHEAD_BYTES: u64 = 64 << 20;
+/// Host memory that a VMM may use beyond its guest's: its own code, stacks and buffers.
+const VMM_OVERHEAD_BYTES: u64 = 64 << 20;
+/// Page tables are counted where memory is: an entry of 8 bytes for each page of 4 KiB, once in the VMM's own and once in KVM's.
+const GUEST_BYTES_PER_TABLE_BYTE: u64 = 4096 / (2 * 8);
 /// How long killed processes may take to go; the kernel frees a guest's memory in this time.
 const KILL_TIMEOUT: Duration = Duration::from_secs(30);
 /// Controllers that limits need.
@@ -61,6 +63,14 @@ pub struct Limits {
     pub guest_memory_bytes: u64,
     /// vCPUs: a sandbox's share when the host is busy is in proportion to them.
     pub vcpus: u32,
+}
+
+impl Limits {
+    fn host_memory_bytes(&self) -> u64 {
+        self.guest_memory_bytes
+            .saturating_add(VMM_OVERHEAD_BYTES)
+            .saturating_add(self.guest_memory_bytes / GUEST_BYTES_PER_TABLE_BYTE)
+    }
 }
 
 /// The parent of all sandboxes' cgroups.
@@ -170,10 +180,7 @@ impl Cgroup {
 
     /// Gives it other limits. Those whose controller is missing are left out.
     pub fn set_limits(&self, limits: Limits) -> Result<(), CgroupError> {
-        self.limit(
-            "memory.max",
-            limits.guest_memory_bytes.saturating_add(VMM_OVERHEAD_BYTES),
-        )?;
+        self.limit("memory.max", limits.host_memory_bytes())?;
         self.limit(
             "cpu.weight",
             u64::from(limits.vcpus).saturating_mul(100).clamp(1, 10_000),
@@ -315,6 +322,18 @@ mod tests {
                       31 25 0:27 / /sys/fs/cgroup/unified rw,relatime shared:10 - cgroup2 cgroup2 rw\n";
         assert_eq!(find_mount(mounts), Some(PathBuf::from("/sys/fs/cgroup/unified")));
         assert_eq!(find_mount("30 25 0:26 / / rw - ext4 /dev/vda rw\n"), None);
+    }
+
+    #[test]
+    fn a_limit_has_room_for_the_page_tables_of_all_memory() {
+        let limits = Limits {
+            guest_memory_bytes: 32 << 30,
+            vcpus: 1,
+        };
+        assert_eq!(
+            limits.host_memory_bytes(),
+            (32 << 30) + VMM_OVERHEAD_BYTES + (128 << 20)
+        );
     }
 
     #[tokio::test]

@@ -51,6 +51,14 @@ impl Manager {
         let SavedMachine {
             machine, plugged_bytes, ..
         } = &origin.machine;
+        // A machine may have room for more than its pod: the limits are the pod's.
+        let limits = Limits {
+            guest_memory_bytes: machine
+                .memory_bytes
+                .saturating_add(*plugged_bytes)
+                .max(spec.memory_bytes),
+            vcpus: spec.vcpus,
+        };
         spec.vcpus = machine.vcpus;
         spec.memory_bytes = machine.memory_bytes;
         let spec = checked(spec).map_err(|error| SandboxError::Snapshot(error.to_string()))?;
@@ -58,10 +66,7 @@ impl Manager {
         let (held, plan) = self.means.hold(Wish {
             id: &spec.id,
             net: !machine.nets.is_empty(),
-            limits: Limits {
-                guest_memory_bytes: spec.memory_bytes.saturating_add(*plugged_bytes),
-                vcpus: spec.vcpus,
-            },
+            limits,
             images: image_names(&spec),
         })?;
         let folder = held.folder.clone();
