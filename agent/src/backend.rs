@@ -1,7 +1,7 @@
 //! What pods need from below, as traits: machines to run in and images to run. flintd puts the microVM manager and the
 //! image store behind them; the tests of the pod state machine put scripted ones.
 
-use std::{collections::HashSet, fmt, sync::Arc};
+use std::{collections::HashSet, fmt, sync::Arc, time::Instant};
 
 use flint_api::{
     guest,
@@ -93,6 +93,15 @@ pub struct SavedMachine {
     pub plugged_bytes: u64,
 }
 
+/// What was saved of a sandbox.
+#[derive(Debug)]
+pub struct Stopped {
+    /// What it was.
+    pub machine: SavedMachine,
+    /// Since when it stands still, if it ran before.
+    pub at: Instant,
+}
+
 /// A saved sandbox, to make another one of.
 #[derive(Clone, Debug)]
 pub struct Origin {
@@ -166,8 +175,8 @@ pub trait Sandbox: Send + Sync + 'static {
     async fn pause(&self) -> Result<(), SandboxError>;
     /// Has it go on where it stood. One that runs goes on running.
     async fn resume(&self) -> Result<(), SandboxError>;
-    /// Writes it into files while it stands still.
-    async fn save(&self, files: Arc<SavedFiles>) -> Result<SavedMachine, SaveError>;
+    /// Writes it into files, and leaves it standing still where that was. After an error it may do so too.
+    async fn save(&self, files: Arc<SavedFiles>) -> Result<Stopped, SaveError>;
     /// Whether it stands still.
     async fn is_paused(&self) -> Result<bool, SandboxError>;
     /// Ends it without asking the guest. Answers at once: [`exited`](Sandbox::exited) tells when it is done.

@@ -8,9 +8,12 @@
 
 mod host;
 
-use std::fs;
+use std::{
+    fs, thread,
+    time::{Duration, Instant},
+};
 
-use host::{Host, busybox};
+use host::{Host, LIMIT, busybox};
 
 const MIB: u64 = 1 << 20;
 
@@ -77,4 +80,54 @@ fn a_clones_cgroup_grows_with_its_pod() {
     limits.sort_unstable();
     let parked = limit(128 * MIB);
     assert_eq!(limits, [parked, parked, limit((1024 + 64) * MIB)]);
+}
+
+const LARGE: &str = "    resources: {limits: {memory: 256Mi}}\n";
+
+/// What all sandboxes take of the host's memory.
+fn sandboxes_memory() -> u64 {
+    let total = fs::read_to_string("/sys/fs/cgroup/flint/memory.current").unwrap();
+    total.trim().parse().unwrap()
+}
+
+/// Fills and frees memory, and waits until the host has it again.
+fn assert_gives_back(host: &Host, pod: &str) {
+    const USED: u64 = 100 * MIB;
+    // What it may take of memory beside, and not give back: caches of its kernel, parts of huge pages.
+    const REST: u64 = USED / 4;
+    let before = sandboxes_memory();
+    host.ok([
+        "exec",
+        pod,
+        "--",
+        "dd",
+        "if=/dev/urandom",
+        "of=/dev/shm/used",
+        "bs=1M",
+        "count=100",
+    ]);
+    let used = sandboxes_memory();
+    assert!(used >= before + USED, "{before} {used}");
+    host.ok(["exec", pod, "--", "rm", "/dev/shm/used"]);
+    let end = Instant::now() + LIMIT;
+    while sandboxes_memory() > before + REST {
+        assert!(Instant::now() < end, "{before} {used} {}", sandboxes_memory());
+        thread::sleep(Duration::from_millis(200));
+    }
+}
+
+#[test]
+fn a_clone_gives_back_memory_that_it_has_freed() {
+    let host = Host::with_pool(1);
+    host.start_pod("clone", "sleep 1000", LARGE);
+    host.wait_pool_full(2);
+    assert!(is_clone(&host, "clone"), "{}", host.daemon_log());
+    assert_gives_back(&host, "clone");
+}
+
+#[test]
+fn a_booted_pod_gives_back_memory_that_it_has_freed() {
+    let host = Host::start();
+    host.start_pod("booted", "sleep 1000", LARGE);
+    assert_gives_back(&host, "booted");
 }

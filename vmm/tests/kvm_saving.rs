@@ -92,6 +92,13 @@ fn save(vmm: &mut Vmm) -> (Saved, flint_api::vmm::Saved) {
     (saved, answer)
 }
 
+fn against(base: Vec<u8>) -> SaveSnapshot {
+    SaveSnapshot {
+        base,
+        ..Default::default()
+    }
+}
+
 fn with_disk() -> CreateMachine {
     CreateMachine {
         disks: vec![disk_slot()],
@@ -156,6 +163,26 @@ fn a_stream_of_block_requests_goes_on_in_clones_of_a_guest_that_runs() {
         // It has one gap at most in what it prints itself: what this test did not read in time.
         assert_eq!(read(&mut serial, 20).len(), 20);
     }
+}
+
+#[test]
+fn a_guest_that_is_to_stay_paused_stands_still_where_it_was_saved() {
+    let (mut vmm, _serial) = busy(&sweep(SWEPT));
+    let stay = SaveSnapshot {
+        stay_paused: true,
+        ..Default::default()
+    };
+    let saved = Saved::empty();
+    let answer = saved.save_as(stay, &mut vmm).unwrap();
+    assert_eq!(vmm.phase(), state::Phase::Paused);
+    assert!(answer.paused_us > 0 && answer.rounds >= 1, "{answer:?}");
+    assert_one_moment(&saved);
+    let again = Saved::of(&mut vmm);
+    let size = usize::try_from(MEMORY).unwrap();
+    assert!(saved.memory()[..size] == again.memory()[..size], "it went on");
+    vmm.ok(Command::Resume(Resume {}), &[]);
+    assert_one_moment(&save(&mut vmm).0);
+    assert_eq!(vmm.phase(), state::Phase::Running);
 }
 
 #[test]
@@ -337,7 +364,7 @@ fn only_what_a_machine_was_loaded_from_is_a_base() {
     let error = saved.save_against(Some(&other), &mut booted).unwrap_err();
     assert_eq!(error.code(), Code::Invalid);
     let error = clone
-        .save(vec![1; 3], &[file(b"").as_fd(), file(b"").as_fd()])
+        .save(against(vec![1; 3]), &[file(b"").as_fd(), file(b"").as_fd()])
         .unwrap_err();
     assert!(error.message.contains("has 3 bytes"), "{}", error.message);
 }
@@ -349,7 +376,9 @@ fn a_full_disk_never_stops_the_guest_and_leaves_empty_files() {
     let (mut vmm, mut serial) = busy(&letters());
     let (saved, small) = (Saved::empty(), small_file());
     let state = File::options().write(true).open(&saved.state).unwrap();
-    let error = vmm.save(vec![], &[state.as_fd(), small.as_fd()]).unwrap_err();
+    let error = vmm
+        .save(SaveSnapshot::default(), &[state.as_fd(), small.as_fd()])
+        .unwrap_err();
     assert_eq!(error.code(), Code::Resource);
     assert!(error.message.contains("No space left"), "{}", error.message);
     assert_eq!(

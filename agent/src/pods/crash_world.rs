@@ -8,6 +8,7 @@ use std::{
         Arc, Mutex,
         atomic::{AtomicBool, Ordering},
     },
+    time::Instant,
 };
 
 use flint_api::{
@@ -30,7 +31,7 @@ use super::crash_tests::Life;
 use crate::{
     backend::{
         ImageError, ImageInfo, Images, Origin, PullOrder, RestoreError, Sandbox, SandboxError, SandboxExit,
-        SandboxPlan, Sandboxes, SaveError, SavedMachine, TakeOver,
+        SandboxPlan, Sandboxes, SaveError, SavedMachine, Stopped, TakeOver,
     },
     probe::KvmKind,
     saved::SavedFiles,
@@ -297,16 +298,19 @@ impl Sandbox for Held {
         self.machine.paused.send_replace(false);
         Ok(())
     }
-    async fn save(&self, files: Arc<SavedFiles>) -> Result<SavedMachine, SaveError> {
+    async fn save(&self, files: Arc<SavedFiles>) -> Result<Stopped, SaveError> {
         self.life.gate().await;
-        assert!(*self.machine.paused.borrow(), "what is saved stands still");
+        self.machine.paused.send_replace(true);
         let all = self.machine.containers.borrow().clone();
         let running = all
             .iter()
             .filter(|(_, container)| container.started && container.exit.is_none());
         let running: String = running.map(|(id, _)| format!("{id}\n")).collect();
         (&files.memory).write_all(running.as_bytes()).unwrap();
-        Ok(SavedMachine::default())
+        Ok(Stopped {
+            machine: SavedMachine::default(),
+            at: Instant::now(),
+        })
     }
     async fn is_paused(&self) -> Result<bool, SandboxError> {
         self.life.gate().await;

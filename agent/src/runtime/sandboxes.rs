@@ -9,8 +9,7 @@ use tracing::warn;
 
 use crate::{
     backend::{
-        Origin, RestoreError, Sandbox, SandboxError, SandboxExit, SandboxPlan, Sandboxes, SaveError, SavedMachine,
-        TakeOver,
+        Origin, RestoreError, Sandbox, SandboxError, SandboxExit, SandboxPlan, Sandboxes, SaveError, Stopped, TakeOver,
     },
     chain,
     probe::KvmKind,
@@ -197,7 +196,7 @@ impl Sandbox for MicroVm {
         self.sandbox.resume().await.map_err(|error| SandboxError(chain(&error)))
     }
 
-    async fn save(&self, files: Arc<SavedFiles>) -> Result<SavedMachine, SaveError> {
+    async fn save(&self, files: Arc<SavedFiles>) -> Result<Stopped, SaveError> {
         self.sandbox.save(files).await.map_err(|error| {
             if is_disk_full(&error) {
                 SaveError::NoSpace

@@ -16,8 +16,8 @@ use std::{
 };
 
 use flint_api::vmm::{
-    Event, FromVmm, GetState, MAX_FDS, MAX_PACKET, Request, Response, State, error::Code, event, from_vmm,
-    request::Command, response,
+    Event, FromVmm, GetState, MAX_FDS, MAX_PACKET, Ok as Done, Request, Response, SaveSnapshot, Saved, State,
+    error::Code, event, from_vmm, request::Command, response,
 };
 use prost::Message;
 use thiserror::Error;
@@ -27,6 +27,8 @@ use super::packet::{Packet, PacketSocket};
 
 /// How long a VMM may take to answer. Only a broken one takes longer, even on an emulated host.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(120);
+/// Bytes of memory a second that a save writes on the slowest disk.
+const SLOWEST_SAVE: u64 = 8 << 20;
 /// Events that may wait for the supervisor before reading stops.
 const EVENT_BACKLOG: usize = 16;
 
@@ -54,8 +56,8 @@ pub enum ControlError {
     #[error("the VMM broke the control protocol: {0}")]
     Protocol(&'static str),
     /// The VMM does not answer.
-    #[error("the VMM has not answered within {ANSWER_TIMEOUT:?}")]
-    Timeout,
+    #[error("the VMM has not answered within {0:?}")]
+    Timeout(Duration),
     /// The request breaks the protocol's limits.
     #[error(
         "a request to the VMM would have {bytes} bytes and {fds} descriptors; {MAX_PACKET} and {MAX_FDS} are allowed"
@@ -138,7 +140,31 @@ impl Control {
         }
     }
 
+    /// Has a machine saved that has so much memory; it stands still afterwards.
+    pub async fn save(&self, memory_bytes: u64, fds: &[BorrowedFd<'_>]) -> Result<Saved, ControlError> {
+        let command = Command::SaveSnapshot(SaveSnapshot {
+            base: Vec::new(),
+            stay_paused: true,
+        });
+        let patience = ANSWER_TIMEOUT + Duration::from_secs(memory_bytes / SLOWEST_SAVE);
+        match self.ask_within(patience, command, fds).await?.result? {
+            response::Result::Ok(Done { saved: Some(saved) }) => Ok(saved),
+            _ => Err(ControlError::Protocol(
+                "an answer to a save that does not say what was saved",
+            )),
+        }
+    }
+
     async fn ask(&self, command: Command, fds: &[BorrowedFd<'_>]) -> Result<Answer, ControlError> {
+        self.ask_within(ANSWER_TIMEOUT, command, fds).await
+    }
+
+    async fn ask_within(
+        &self,
+        patience: Duration,
+        command: Command,
+        fds: &[BorrowedFd<'_>],
+    ) -> Result<Answer, ControlError> {
         let id = self.0.next_id.fetch_add(1, Ordering::Relaxed);
         let bytes = Request {
             id,
@@ -161,9 +187,9 @@ impl Control {
                 .map_err(|error| ControlError::Send(Arc::new(error)))?;
             answer.await.map_err(|_| self.0.why_closed())
         };
-        tokio::time::timeout(ANSWER_TIMEOUT, exchange)
+        tokio::time::timeout(patience, exchange)
             .await
-            .map_err(|_| ControlError::Timeout)?
+            .map_err(|_| ControlError::Timeout(patience))?
     }
 }
 

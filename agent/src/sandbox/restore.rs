@@ -251,6 +251,9 @@ mod tests {
         };
         assert!(matches!(refused(with(Code::Unsupported)), SandboxError::Snapshot(line) if line == "CPU vendor"));
         assert!(matches!(refused(with(Code::Kvm)), SandboxError::Control(_)));
-        assert!(matches!(refused(ControlError::Timeout), SandboxError::Control(_)));
+        assert!(matches!(
+            refused(ControlError::Timeout(std::time::Duration::ZERO)),
+            SandboxError::Control(_)
+        ));
     }
 }

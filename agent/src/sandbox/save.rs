@@ -9,32 +9,35 @@ use std::{
     os::{fd::AsFd, unix::fs::MetadataExt as _},
     path::{Path, PathBuf},
     sync::Arc,
+    time::{Duration, Instant},
 };
 
-use flint_api::vmm::{self, request::Command};
-
 use super::{Sandbox, SandboxError, blocking, control::ControlError, file_error};
-use crate::{backend::SavedMachine, chain, network::addresses::mac_of, saved::SavedFiles, scratch::copy_sparse};
+use crate::{
+    backend::{SavedMachine, Stopped},
+    chain,
+    network::addresses::mac_of,
+    saved::SavedFiles,
+    scratch::copy_sparse,
+};
 
 impl Sandbox {
-    /// Writes it into files. It has to stand still, and goes on doing so.
-    pub async fn save(&self, files: Arc<SavedFiles>) -> Result<SavedMachine, SandboxError> {
+    /// Writes it into files. Most of its memory is written while it runs; then it stands still, and goes on doing so.
+    pub async fn save(&self, files: Arc<SavedFiles>) -> Result<Stopped, SandboxError> {
         let (state, vmm) = self.0.control.hello().await?;
         let machine = state
             .machine
             .ok_or(ControlError::Protocol("a sandbox without a machine"))?;
         let plugged = state.memory.map_or(0, |memory| memory.plugged_bytes);
         // The pages of the files that it writes are the VMM's until they are on the disk.
-        let loan = self.0.end.cgroup().lend(machine.memory_bytes.saturating_add(plugged))?;
+        let memory = machine.memory_bytes.saturating_add(plugged);
+        let loan = self.0.end.cgroup().lend(memory)?;
         let fds = [files.state.as_fd(), files.memory.as_fd()];
-        let saved = self
-            .0
-            .control
-            .command(Command::SaveSnapshot(vmm::SaveSnapshot::default()), &fds)
-            .await;
-        let copied = match saved {
-            Ok(()) => blocking(move || copy_disk(vmm, &files.scratch)).await.flatten(),
-            Err(error) => Err(error.into()),
+        let saved = self.0.control.save(memory, &fds).await;
+        let now = Instant::now();
+        let copied = match &saved {
+            Ok(_) => blocking(move || copy_disk(vmm, &files.scratch)).await.flatten(),
+            Err(error) => Err(error.clone().into()),
         };
         if let Err(error) = loan.give_back() {
             tracing::warn!(
@@ -44,7 +47,8 @@ impl Sandbox {
             );
         }
         copied?;
-        Ok(SavedMachine {
+        let stood = Duration::from_micros(saved?.paused_us);
+        let machine = SavedMachine {
             machine,
             mac: self
                 .0
@@ -52,7 +56,9 @@ impl Sandbox {
                 .map(|address| mac_of(address).to_vec())
                 .unwrap_or_default(),
             plugged_bytes: plugged,
-        })
+        };
+        let at = now.checked_sub(stood).unwrap_or(now);
+        Ok(Stopped { machine, at })
     }
 }
 
@@ -113,6 +119,7 @@ fn is_disk(vmm: i32, number: &str, path: &Path) -> io::Result<bool> {
 mod tests {
     use std::os::fd::AsRawFd;
 
+    use flint_api::vmm;
     use nix::sys::memfd::{MFdFlags, memfd_create};
 
     use super::*;

@@ -338,6 +338,7 @@ fn machine(parts: &Parts<'_>) -> vmm::CreateMachine {
             .collect(),
         vsock: Some(vmm::VsockSlot { guest_cid: GUEST_CID }),
         rng: true,
+        balloon: true,
         ..Default::default()
     }
 }

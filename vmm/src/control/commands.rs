@@ -264,7 +264,10 @@ impl Phase {
                 let outcome = saved.map(Answer::Saved).map_err(Failure::from);
                 (Self::Running(running), Some(outcome))
             }
-            Step::Paused(paused, error) => (Self::Paused(paused), Some(Err(error.into()))),
+            Step::Paused(paused, saved) => {
+                let outcome = saved.map(Answer::Saved).map_err(Failure::from);
+                (Self::Paused(paused), Some(outcome))
+            }
         }
     }
 
@@ -425,7 +428,12 @@ fn save_request(message: &SaveSnapshot, fds: Fds) -> Result<SaveRequest, Failure
     // Fds::check counted them.
     let pair = files.next().zip(files.next());
     let (state, memory) = pair.ok_or_else(|| Failure::invalid("a state file and a memory file are needed"))?;
-    Ok(SaveRequest { state, memory, base })
+    Ok(SaveRequest {
+        state,
+        memory,
+        base,
+        stay_paused: message.stay_paused,
+    })
 }
 
 /// The descriptors of a request, as many as it needs.

@@ -19,7 +19,7 @@ use std::sync::Arc;
 use kvm_ioctls::Kvm;
 
 use super::config::Config;
-use super::saving::{Live, Next};
+use super::saving::{Finished, Live, Next, resume_logged};
 use super::snapshot::{LoadRequest, Report, SaveRequest, Time};
 use super::{Error, Machine, host};
 use crate::acpi;
@@ -92,8 +92,8 @@ pub enum Step {
     More(Saving),
     /// It has ended, well or not; the guest runs.
     Running(Running, Result<Report, Error>),
-    /// The guest was stopped and cannot go on.
-    Paused(Paused, Error),
+    /// It has ended; the guest stands still, because that was asked for or because it cannot go on.
+    Paused(Paused, Result<Report, Error>),
 }
 
 /// The guest was running and stands still; so do its devices.
@@ -268,7 +268,7 @@ impl Paused {
     /// # Errors
     /// A device cannot go on; all stands still.
     pub fn resume(self) -> Result<Running, (Self, Error)> {
-        match self.machine.resume() {
+        match resume_logged(&self.machine) {
             Ok(()) => Ok(Running { machine: self.machine }),
             Err(error) => Err((self, error)),
         }
@@ -294,12 +294,12 @@ impl Saving {
             Ok(Next::Stop) => self.live.finish(&self.machine),
             Err(error) => {
                 self.live.abandon(&self.machine);
-                Ok(Err(error))
+                Finished::Running(Err(error))
             }
         };
         match outcome {
-            Ok(saved) => Step::Running(Running { machine: self.machine }, saved),
-            Err(stuck) => Step::Paused(Paused { machine: self.machine }, stuck),
+            Finished::Running(saved) => Step::Running(Running { machine: self.machine }, saved),
+            Finished::Paused(saved) => Step::Paused(Paused { machine: self.machine }, saved),
         }
     }
 }

@@ -38,6 +38,13 @@ pub(super) enum Next {
     Stop,
 }
 
+/// How the guest is when it is saved, or when that failed.
+pub(super) enum Finished {
+    Running(Result<Report, Error>),
+    /// As was asked for, or because it cannot go on.
+    Paused(Result<Report, Error>),
+}
+
 /// A save in the course of which the guest runs.
 pub(super) struct Live {
     save: Save,
@@ -48,10 +55,12 @@ pub(super) struct Live {
     /// Written to since it was copied.
     stale: Pages,
     report: Report,
+    stay_paused: bool,
 }
 
 impl Live {
     pub(super) fn begin(machine: &Machine, request: SaveRequest) -> Result<Self, Error> {
+        let stay_paused = request.stay_paused;
         let save = Save::begin(machine, request)?;
         let begun = machine
             .begin_log()
@@ -66,6 +75,7 @@ impl Live {
                 round,
                 copied: Pages::default(),
                 stale: Pages::default(),
+                stay_paused,
             }),
             Err(error) => {
                 save.abandon();
@@ -104,8 +114,8 @@ impl Live {
         Ok(Next::Copy)
     }
 
-    /// Stops the guest, saves it and lets it go on. The outer error: it cannot go on.
-    pub(super) fn finish(mut self, machine: &Machine) -> Result<Result<Report, Error>, Error> {
+    /// Stops the guest, saves it and lets it go on, if it is to.
+    pub(super) fn finish(mut self, machine: &Machine) -> Finished {
         let stopped = Instant::now();
         let saved = match machine.pause() {
             Ok(()) => self.save_stopped(machine),
@@ -114,11 +124,15 @@ impl Live {
         if saved.is_err() {
             self.save.abandon();
         }
-        machine.resume()?;
+        if saved.is_ok() && self.stay_paused {
+            self.report.paused = Some(stopped.elapsed());
+            return Finished::Paused(Ok(self.report));
+        }
+        if let Err(stuck) = resume_logged(machine) {
+            return Finished::Paused(Err(stuck));
+        }
         self.report.paused = Some(stopped.elapsed());
-        // The files are whole whether this works or not; a log that stays on only costs.
-        let _ = machine.end_log();
-        Ok(saved.map(|()| self.report))
+        Finished::Running(saved.map(|()| self.report))
     }
 
     fn save_stopped(&mut self, machine: &Machine) -> Result<(), Error> {
@@ -147,7 +161,21 @@ impl Live {
     }
 }
 
+/// Has a machine go on that may have been stopped by a save. Its logs end when it runs: it takes some time to end them.
+pub(super) fn resume_logged(machine: &Machine) -> Result<(), Error> {
+    machine.resume()?;
+    if machine.is_logged() {
+        // What was saved is whole whether this works or not; a log that stays on only costs.
+        let _ = machine.end_log();
+    }
+    Ok(())
+}
+
 impl Machine {
+    fn is_logged(&self) -> bool {
+        memory::numbered(&self.memory).any(|(_, region)| memory::dirty(region).is_on())
+    }
+
     fn begin_log(&self) -> Result<(), Error> {
         // Devices' first: it costs nothing, and what is in it too early only is copied again.
         for (_, region) in memory::numbered(&self.memory) {

@@ -62,6 +62,8 @@ pub struct SaveRequest {
     pub memory: File,
     /// The snapshot that the memory file is to be the difference to.
     pub base: Option<Id>,
+    /// A guest that ran is to stand still afterwards.
+    pub stay_paused: bool,
 }
 
 /// What a save came to.
@@ -69,7 +71,7 @@ pub struct SaveRequest {
 pub struct Report {
     /// What names the snapshot.
     pub id: Id,
-    /// How long the guest stood still, if it ran before.
+    /// How long the guest stood still, if it ran before; so far, if it still does.
     pub paused: Option<Duration>,
     /// Bytes of guest memory that were written.
     pub written: u64,
@@ -103,7 +105,9 @@ impl Save {
     /// Looks at what is asked for, and empties both files: what is there is no snapshot any more, from before the first byte of
     /// its memory goes.
     pub(super) fn begin(machine: &Machine, request: SaveRequest) -> Result<Self, Error> {
-        let SaveRequest { state, memory, base } = request;
+        let SaveRequest {
+            state, memory, base, ..
+        } = request;
         writable(&state, "state")?;
         writable(&memory, "memory")?;
         let source = lock(&machine.source).clone();

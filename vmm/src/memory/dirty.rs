@@ -35,6 +35,11 @@ impl Dirty {
         fence(Ordering::SeqCst);
     }
 
+    /// Whether a log is kept.
+    pub fn is_on(&self) -> bool {
+        self.on.load(Ordering::Relaxed)
+    }
+
     /// Ends the log.
     pub fn end(&self) {
         self.on.store(false, Ordering::Relaxed);

@@ -106,9 +106,8 @@ impl Vmm {
     }
 
     /// SaveSnapshot, into a state and a memory file.
-    pub fn save(&mut self, base: Vec<u8>, files: &[BorrowedFd<'_>]) -> Result<Saved, Error> {
-        let request = Command::SaveSnapshot(SaveSnapshot { base });
-        match self.connection.ask(request, files) {
+    pub fn save(&mut self, how: SaveSnapshot, files: &[BorrowedFd<'_>]) -> Result<Saved, Error> {
+        match self.connection.ask(Command::SaveSnapshot(how), files) {
             response::Result::Ok(ok) => Ok(ok.saved.expect("what was saved")),
             response::Result::Error(error) => Err(error),
             response::Result::State(state) => panic!("{state:?} is no answer to SaveSnapshot"),

@@ -46,10 +46,18 @@ impl Saved {
 
     /// Saves what differs from `base`, or all.
     pub fn save_against(&self, base: Option<&Self>, vmm: &mut Vmm) -> Result<SavedAnswer, Error> {
+        let base = base.map(Self::id).unwrap_or_default();
+        let how = SaveSnapshot {
+            base,
+            ..Default::default()
+        };
+        self.save_as(how, vmm)
+    }
+
+    pub fn save_as(&self, how: SaveSnapshot, vmm: &mut Vmm) -> Result<SavedAnswer, Error> {
         let write = |path| File::options().write(true).open(path).unwrap();
         let (state, memory) = (write(&self.state), write(&self.memory));
-        let base = base.map(Self::id).unwrap_or_default();
-        vmm.save(base, &[state.as_fd(), memory.as_fd()])
+        vmm.save(how, &[state.as_fd(), memory.as_fd()])
     }
 
     /// The id in the state file.

@@ -8,6 +8,7 @@ use std::{
         Arc, Mutex,
         atomic::{AtomicBool, AtomicU32, Ordering},
     },
+    time::Instant,
 };
 
 use flint_api::{
@@ -31,7 +32,7 @@ use tonic::{
 use crate::{
     backend::{
         ImageConfig, ImageError, ImageInfo, Images, Origin, PullOrder, RestoreError, Sandbox, SandboxError,
-        SandboxExit, SandboxPlan, Sandboxes, SaveError, SavedMachine, TakeOver,
+        SandboxExit, SandboxPlan, Sandboxes, SaveError, SavedMachine, Stopped, TakeOver,
     },
     saved::SavedFiles,
     timeline::Timeline,
@@ -113,8 +114,8 @@ impl ScriptedGuest {
         *self.save_error.lock().unwrap() = Some(error);
     }
 
-    fn save(&self, files: &SavedFiles) -> Result<SavedMachine, SaveError> {
-        assert!(self.is_paused(), "what is saved stands still");
+    fn save(&self, files: &SavedFiles) -> Result<Stopped, SaveError> {
+        self.paused.send_replace(true);
         if let Some(error) = self.save_error.lock().unwrap().take() {
             return Err(error);
         }
@@ -125,7 +126,10 @@ impl ScriptedGuest {
         ] {
             file.write_all(text.as_bytes()).unwrap();
         }
-        Ok(SavedMachine::default())
+        Ok(Stopped {
+            machine: SavedMachine::default(),
+            at: Instant::now(),
+        })
     }
 
     /// It cannot be paused any more.
@@ -364,7 +368,7 @@ impl Sandbox for ScriptedSandbox {
         self.guest.paused.send_replace(false);
         Ok(())
     }
-    async fn save(&self, files: Arc<SavedFiles>) -> Result<SavedMachine, SaveError> {
+    async fn save(&self, files: Arc<SavedFiles>) -> Result<Stopped, SaveError> {
         self.guest.save(&files)
     }
     async fn is_paused(&self) -> Result<bool, SandboxError> {

@@ -1,7 +1,8 @@
 //! A pod is saved as it runs.
 //!
-//! Memory and disk have to be of the same moment, so the sandbox stands still for both. The record does not say so: a flintd that
-//! is killed over it leaves a sandbox that the next one has go on, and files without a name that it removes.
+//! Memory, disk and how far the logs are have to be of the same moment: the sandbox stands still when most of its memory is
+//! written, until the rest of all that is. The record does not say so: a flintd that is killed over it leaves a sandbox that
+//! the next one has go on, and files without a name that it removes.
 
 use std::{
     io,
@@ -17,7 +18,7 @@ use super::{
     Actor, SaveOrder,
 };
 use crate::{
-    backend::{Sandbox, SandboxError, SaveError, SavedMachine},
+    backend::{Sandbox, SandboxError, SaveError, SavedMachine, Stopped},
     logs::Logs,
     saved::{Draft, SavedFiles, SavedOutput, SavedRecord},
 };
@@ -99,28 +100,26 @@ impl Job {
     async fn stand_and_save(&self, files: &Arc<SavedFiles>) -> Result<Stood, PodError> {
         let pausing = |error: SandboxError| failed(&self.uid, "pausing it", &error.to_string());
         if self.sandbox.is_paused().await.map_err(pausing)? {
-            let (machine, outputs) = self.save(files).await?;
+            let (machine, outputs, _) = self.save(files).await?;
             return Ok((machine, outputs, Duration::ZERO));
         }
-        let begun = Instant::now();
-        self.sandbox.pause().await.map_err(pausing)?;
         let saved = self.save(files).await;
         if let Err(error) = self.sandbox.resume().await {
             // If its end is why, this changes nothing.
             warn!(uid = self.uid, %error, "the sandbox cannot go on after it was saved, ending it");
             self.sandbox.kill().await;
         }
-        let (machine, outputs) = saved?;
-        Ok((machine, outputs, begun.elapsed()))
+        let (machine, outputs, stopped) = saved?;
+        Ok((machine, outputs, stopped.elapsed()))
     }
 
-    async fn save(&self, files: &Arc<SavedFiles>) -> Result<(SavedMachine, Vec<SavedOutput>), PodError> {
-        let outputs = self.outputs().await?;
-        let machine = self.sandbox.save(files.clone()).await.map_err(|error| match error {
+    /// Saves it; tells since when it stands still.
+    async fn save(&self, files: &Arc<SavedFiles>) -> Result<(SavedMachine, Vec<SavedOutput>, Instant), PodError> {
+        let Stopped { machine, at } = self.sandbox.save(files.clone()).await.map_err(|error| match error {
             SaveError::NoSpace => self.draft.refused(io::ErrorKind::StorageFull.into()).into(),
             SaveError::Failed(why) => failed(&self.uid, "saving it", &why),
         })?;
-        Ok((machine, outputs))
+        Ok((machine, self.outputs().await?, at))
     }
 
     /// How far the logs are, of a guest that stands still: it has given what is in them, and what it was told to forget is in them.

@@ -126,7 +126,7 @@ impl Shape {
             vsock: Some(VsockSlot { guest_cid: GUEST_CID }),
             rng: true,
             hotplug_bytes: self.room_bytes,
-            ..Default::default()
+            balloon: true,
         }
     }
 
