@@ -11,8 +11,8 @@ use std::{
     time::Duration,
 };
 
-use clap::Args;
-use flint_api::host::HostInfo;
+use clap::{Args, ValueEnum};
+use flint_api::{host::HostInfo, vmm};
 use flint_snapshots::images::{ImageStore, ImageStoreOptions};
 use nix::fcntl::{Flock, FlockArg};
 use thiserror::Error;
@@ -52,6 +52,33 @@ use crate::{
 const MIB: u64 = 1 << 20;
 /// How long calls that have begun may take after the wish to stop; watches and followed logs would go on for ever.
 const LAST_CALLS: Duration = Duration::from_secs(5);
+
+/// What guests are told of the processor (x86-64 psABI, micro-architecture levels).
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub enum CpuLevel {
+    /// All that this host has
+    Host,
+    /// Up to SSE4.2
+    #[value(name = "x86-64-v2")]
+    V2,
+    /// AVX2; Broadwell, Zen and newer
+    #[value(name = "x86-64-v3")]
+    V3,
+    /// AVX-512; Skylake servers, Zen 4 and newer
+    #[value(name = "x86-64-v4")]
+    V4,
+}
+
+impl From<CpuLevel> for vmm::CpuLevel {
+    fn from(level: CpuLevel) -> Self {
+        match level {
+            CpuLevel::Host => Self::Host,
+            CpuLevel::V2 => Self::X8664V2,
+            CpuLevel::V3 => Self::X8664V3,
+            CpuLevel::V4 => Self::X8664V4,
+        }
+    }
+}
 
 /// flintd's options. Each can be given by environment, too.
 #[derive(Args, Clone, Debug)]
@@ -102,6 +129,10 @@ pub struct Options {
         value_name = "FILE"
     )]
     pub initrd: PathBuf,
+    /// What guests are told of the processor. Their snapshots run on hosts that have all of it: choose what all hosts of a
+    /// fleet have.
+    #[arg(long, env = "FLINT_CPU_LEVEL", value_enum, default_value_t = CpuLevel::Host, value_name = "LEVEL")]
+    pub cpu_level: CpuLevel,
     /// Thousandths of a CPU that pods may not ask for.
     #[arg(long, env = "FLINT_RESERVE_CPU", default_value_t = 0, value_name = "MILLI")]
     pub reserve_cpu: u64,
@@ -291,6 +322,7 @@ fn sandboxes(options: &Options, info: &HostInfo, pool_metrics: PoolMetrics) -> C
         metrics: pool_metrics,
         ..pool::Config::default()
     };
+    config.cpu_level = options.cpu_level.into();
     config.network.range = options.pod_range;
     config.network.bridge.clone_from(&options.bridge);
     config

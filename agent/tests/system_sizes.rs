@@ -92,7 +92,7 @@ fn sandboxes_memory() -> u64 {
 
 /// Fills and frees memory, and waits until the host has it again.
 fn assert_gives_back(host: &Host, pod: &str) {
-    const USED: u64 = 100 * MIB;
+    const USED: u64 = 60 * MIB;
     // What it may take of memory beside, and not give back: caches of its kernel, parts of huge pages.
     const REST: u64 = USED / 4;
     let before = sandboxes_memory();
@@ -104,7 +104,7 @@ fn assert_gives_back(host: &Host, pod: &str) {
         "if=/dev/urandom",
         "of=/dev/shm/used",
         "bs=1M",
-        "count=100",
+        "count=60",
     ]);
     let used = sandboxes_memory();
     assert!(used >= before + USED, "{before} {used}");

@@ -42,6 +42,68 @@ fn a_guest_sees_another_generation_id_after_each_renewal() {
     assert!(first != [0; 16] && second != [0; 16] && first != second);
 }
 
+/// Prints bit 28 of CPUID 1 ECX (AVX), then bits 5 (AVX2) and 16 (AVX-512) of CPUID 7 EBX, as digits.
+fn print_features() -> Vec<u8> {
+    // bt r32, bit; setc al; add al, '0'; mov dx, 0x3f8; out dx, al
+    let print_bit = |register: u8, bit: u8| {
+        [
+            0x0f,
+            0xba,
+            0xe0 | register,
+            bit,
+            0x0f,
+            0x92,
+            0xc0,
+            0x04,
+            b'0',
+            0x66,
+            0xba,
+            0xf8,
+            0x03,
+            0xee,
+        ]
+    };
+    [
+        &[0xb8, 1, 0, 0, 0, 0x31, 0xc9, 0x0f, 0xa2][..], // mov eax, 1; xor ecx, ecx; cpuid
+        &print_bit(1, 28),
+        &[0xb8, 7, 0, 0, 0, 0x31, 0xc9, 0x0f, 0xa2], // mov eax, 7; xor ecx, ecx; cpuid
+        &print_bit(3, 5),
+        &print_bit(3, 16),
+        &guest::halt(),
+    ]
+    .concat()
+}
+
+#[test]
+fn a_guest_is_told_of_what_its_cpu_level_has() {
+    let levels = [
+        (CpuLevel::X8664V2, "000", "v2"),
+        (CpuLevel::X8664V3, "110", "v3"),
+        (CpuLevel::X8664V4, "111", "v4"),
+    ];
+    for (level, expected, name) in levels {
+        let machine = CreateMachine {
+            cpu_level: level.into(),
+            ..machine(1, 16 << 20)
+        };
+        let mut vmm = Vmm::spawn();
+        match vmm.call(Command::CreateMachine(machine.clone()), &[]) {
+            Ok(_) => {
+                let (mut vmm, mut serial) = Vmm::with_machine(machine);
+                vmm.load(&guest::elf(&print_features()));
+                vmm.ok(Command::Start(Start {}), &[]);
+                assert_eq!(read(&mut serial, 3), expected, "{name}");
+            }
+            // Not every host is of every level; one that emulates may say of none that it is.
+            Err(error) => {
+                assert_eq!(error.code(), Code::Unsupported, "{}", error.message);
+                let told = format!("no x86-64-{name}: it lacks CPUID");
+                assert!(error.message.contains(&told), "{}", error.message);
+            }
+        }
+    }
+}
+
 #[test]
 fn what_a_guest_writes_to_its_serial_line_arrives() {
     let (mut vmm, mut serial) = Vmm::running(&[guest::print("hello"), guest::out(0x601, 0x34)].concat());

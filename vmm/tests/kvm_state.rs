@@ -5,6 +5,8 @@ use flint_vmm::machine::chipset::{self, ChipsetState};
 use flint_vmm::machine::{create_interrupt_controllers, create_vm};
 use flint_vmm::memory::{Anonymous, GuestMemory, MemorySource, layout};
 use flint_vmm::vcpu;
+use flint_vmm::vcpu::cpuid::Processor;
+use flint_vmm::vcpu::level::Level;
 use flint_vmm::vcpu::state::{self, VcpuState};
 use kvm_bindings::kvm_userspace_memory_region;
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
@@ -43,7 +45,7 @@ impl Machine {
         create_interrupt_controllers(&vm).unwrap();
         memory.write_slice(&COUNTER, GuestAddress(CODE)).unwrap();
         memory.write_obj(BACK, GuestAddress(CODE + 10)).unwrap();
-        let vcpu = vcpu::create(&kvm, &vm, 0, 1).unwrap();
+        let vcpu = vcpu::create(&Processor::of(&kvm, Level::Host).unwrap(), &vm, 0, 1).unwrap();
         Self { kvm, vcpu, vm, memory }
     }
 

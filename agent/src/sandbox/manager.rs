@@ -10,7 +10,7 @@ use std::{
     time::Duration,
 };
 
-use flint_api::vmm::MAX_FDS;
+use flint_api::vmm::{CpuLevel, MAX_FDS};
 
 use super::{
     DiskSource, DiskSpec, Sandbox, SandboxError, SandboxSpec, TakenOver, blocking, file_error,
@@ -58,6 +58,8 @@ pub struct Config {
     pub network: network::Config,
     /// How long a guest may take from its first instruction to its first call.
     pub boot_timeout: Duration,
+    /// What guests are told of the processor: the less that is, the more hosts can run their snapshots.
+    pub cpu_level: CpuLevel,
     /// Clones that are parked ahead of need.
     pub pool: pool::Config,
 }
@@ -77,6 +79,7 @@ impl Config {
             cgroup: "flint".into(),
             network: network::Config::default(),
             boot_timeout: Duration::from_secs(120),
+            cpu_level: CpuLevel::Host,
             pool: pool::Config::default(),
         }
     }
@@ -244,6 +247,7 @@ impl Manager {
         let parts = Parts {
             spec,
             cmdline: &means.config.cmdline,
+            cpu_level: means.config.cpu_level,
             kernel: kernel.as_fd(),
             initrd: initrd.as_ref().map(AsFd::as_fd),
             disks,

@@ -73,6 +73,7 @@ pub(super) struct ShellPlan {
 pub(super) struct Parts<'a> {
     pub spec: &'a SandboxSpec,
     pub cmdline: &'a str,
+    pub cpu_level: vmm::CpuLevel,
     pub kernel: BorrowedFd<'a>,
     pub initrd: Option<BorrowedFd<'a>>,
     /// In the order of the disks.
@@ -339,6 +340,7 @@ fn machine(parts: &Parts<'_>) -> vmm::CreateMachine {
         vsock: Some(vmm::VsockSlot { guest_cid: GUEST_CID }),
         rng: true,
         balloon: true,
+        cpu_level: parts.cpu_level.into(),
         ..Default::default()
     }
 }

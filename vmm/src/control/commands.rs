@@ -26,6 +26,7 @@ use crate::memory;
 use crate::memory::file::Id;
 use crate::memory::mapped::MAX_BASES;
 use crate::memory::paged::{self, nonblocking};
+use crate::vcpu::cpuid;
 use crate::virtio::DeviceError;
 use crate::virtio::block::{BlockResource, ImageSource};
 use crate::virtio::net::{NetResource, Tap};
@@ -103,14 +104,17 @@ impl From<machine::Error> for Failure {
     fn from(error: machine::Error) -> Self {
         use machine::Error as E;
         let code = match &error {
-            E::Kvm { .. } | E::Vcpu(_) | E::Place(machine::devices::Error::Kvm { .. }) => Code::Kvm,
+            E::Kvm { .. }
+            | E::Vcpu(_)
+            | E::Processor(cpuid::Error::Kvm(_))
+            | E::Place(machine::devices::Error::Kvm { .. }) => Code::Kvm,
             E::NoSlot { .. } | E::NoVcpu { .. } | E::Boot(boot::Error::CommandLine(_)) => Code::Invalid,
             E::Device {
                 source: DeviceError::AlreadyBound | DeviceError::Invalid(_),
                 ..
             } => Code::Invalid,
             E::NoKernel => Code::WrongPhase,
-            E::Passport(_) => Code::Unsupported,
+            E::Passport(_) | E::Processor(cpuid::Error::Level(_)) => Code::Unsupported,
             E::Memory(memory::Error::Paged(paged::Error::NotPaged)) => Code::Invalid,
             E::Shape { .. } | E::NoBase { .. } | E::InUse(_) | E::Unwritable(_) => Code::Invalid,
             E::Snapshot(_)

@@ -2,8 +2,10 @@
 
 use std::collections::BTreeSet;
 
-use flint_api::vmm::{CreateMachine, NetSlot, VsockSlot};
+use flint_api::vmm::{CpuLevel, CreateMachine, NetSlot, VsockSlot};
 use thiserror::Error;
+
+use crate::vcpu::level::Level;
 
 /// Most vCPUs.
 pub const MAX_VCPUS: u32 = 32;
@@ -44,6 +46,9 @@ pub enum Error {
     /// A MAC address.
     #[error("nets[{0}].mac: must be six bytes, locally administered and unicast")]
     Mac(usize),
+    /// A CPU level.
+    #[error("cpu_level is {0}, which is none")]
+    Level(i32),
     /// A CID.
     #[error("vsock.guest_cid is {0}: must be 3 to 4294967294")]
     Cid(u64),
@@ -68,6 +73,8 @@ pub struct Config {
     pub hotplug: u64,
     /// Whether there is a balloon.
     pub balloon: bool,
+    /// What its guest is told of the processor.
+    pub level: Level,
     /// All of it as it was asked for, without what is an identity and may differ between a snapshot and its clones: MAC
     /// addresses and the CID.
     pub shape: CreateMachine,
@@ -98,6 +105,7 @@ impl TryFrom<CreateMachine> for Config {
             rng,
             hotplug_bytes,
             balloon,
+            cpu_level,
         } = message;
         let others = [vsock.is_some(), rng, hotplug_bytes > 0, balloon];
         let devices = disks.len() + nets.len() + others.into_iter().filter(|there| *there).count();
@@ -145,6 +153,7 @@ impl TryFrom<CreateMachine> for Config {
             shape,
             hotplug: hotplug_bytes,
             balloon,
+            level: level(cpu_level)?,
         })
     }
 }
@@ -157,6 +166,16 @@ fn shape(message: &CreateMachine) -> CreateMachine {
     shape.nets.fill(NetSlot::default());
     shape.vsock = message.vsock.map(|_| VsockSlot::default());
     shape
+}
+
+fn level(number: i32) -> Result<Level, Error> {
+    match CpuLevel::try_from(number) {
+        Ok(CpuLevel::Host) => Ok(Level::Host),
+        Ok(CpuLevel::X8664V2) => Ok(Level::V2),
+        Ok(CpuLevel::X8664V3) => Ok(Level::V3),
+        Ok(CpuLevel::X8664V4) => Ok(Level::V4),
+        Err(_) => Err(Error::Level(number)),
+    }
 }
 
 fn mac(index: usize, bytes: &[u8]) -> Result<[u8; 6], Error> {
@@ -199,6 +218,7 @@ mod tests {
             rng: true,
             hotplug_bytes: 1 << 30,
             balloon: true,
+            cpu_level: CpuLevel::Host.into(),
         }
     }
 

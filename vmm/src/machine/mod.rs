@@ -37,6 +37,7 @@ use crate::platform::generation::{self, Generation};
 use crate::ports::serial::{self, Serial};
 use crate::snapshot::passport::{Host, Mismatch};
 use crate::vcpu;
+use crate::vcpu::cpuid::Processor;
 use crate::vcpu::thread::{Context, Vcpu};
 use crate::virtio::balloon::{Balloon, Target};
 use crate::virtio::block::{Block, BlockResource, Ring};
@@ -60,6 +61,9 @@ pub enum Error {
     /// A vCPU.
     #[error(transparent)]
     Vcpu(#[from] vcpu::Error),
+    /// The guest cannot be told of a processor.
+    #[error(transparent)]
+    Processor(#[from] vcpu::cpuid::Error),
     /// Memory.
     #[error(transparent)]
     Memory(#[from] memory::Error),
@@ -228,9 +232,10 @@ impl Machine {
             mmio: Arc::new(mmio),
             exit: shell.exit.clone(),
         };
-        let first = vcpu::create(&shell.kvm, &vm, 0, config.vcpus)?;
+        let processor = Processor::of(&shell.kvm, config.level)?;
+        let first = vcpu::create(&processor, &vm, 0, config.vcpus)?;
         let host_facts = Host::of(&shell.kvm, &first).map_err(kvm("asking what this host offers"))?;
-        let others = (1..config.vcpus).map(|id| vcpu::create(&shell.kvm, &vm, id, config.vcpus));
+        let others = (1..config.vcpus).map(|id| vcpu::create(&processor, &vm, id, config.vcpus));
         let vcpus = (0..)
             .zip(std::iter::once(Ok(first)).chain(others))
             .map(|(id, fd)| {

@@ -450,6 +450,7 @@ fn difference(theirs: &CreateMachine, ours: &CreateMachine) -> Option<(&'static 
             ("rng", machine.rng.to_string()),
             ("hotplug_bytes", machine.hotplug_bytes.to_string()),
             ("balloon", machine.balloon.to_string()),
+            ("cpu_level", machine.cpu_level().as_str_name().to_owned()),
         ]
     };
     let both = parts(theirs).into_iter().zip(parts(ours));

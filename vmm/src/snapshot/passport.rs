@@ -8,78 +8,11 @@ use kvm_ioctls::{Cap, Kvm, VcpuFd};
 use nix::sys::utsname::uname;
 use thiserror::Error;
 
+use crate::vcpu::features::WORDS;
 use crate::vcpu::state::VcpuState;
 
 /// How far two frequencies may be apart and still be the same: as KVM sees it (250 parts in a million).
 const TOLERANCE_PPM: u64 = 250;
-
-/// CPUID registers whose bits are features (SDM volume 2, CPUID; AMD APM volume 3, E; KVM's own leaf).
-const FEATURES: [Word; 16] = [
-    Word(0x1, 0, Register::Ecx),
-    Word(0x1, 0, Register::Edx),
-    Word(0x7, 0, Register::Ebx),
-    Word(0x7, 0, Register::Ecx),
-    Word(0x7, 0, Register::Edx),
-    Word(0x7, 1, Register::Eax),
-    Word(0x7, 1, Register::Edx),
-    Word(0x7, 2, Register::Edx),
-    Word(0xd, 0, Register::Eax),
-    Word(0xd, 1, Register::Eax),
-    Word(0x8000_0001, 0, Register::Ecx),
-    Word(0x8000_0001, 0, Register::Edx),
-    Word(0x8000_0007, 0, Register::Edx),
-    Word(0x8000_0008, 0, Register::Ebx),
-    Word(0x8000_0021, 0, Register::Eax),
-    Word(0x4000_0001, 0, Register::Eax),
-];
-
-#[derive(Clone, Copy)]
-enum Register {
-    Eax,
-    Ebx,
-    Ecx,
-    Edx,
-}
-
-#[derive(Clone, Copy)]
-struct Word(u32, u32, Register);
-
-impl Word {
-    fn of(self, entries: &[kvm_cpuid_entry2]) -> u32 {
-        let Self(function, index, register) = self;
-        let entry = entries
-            .iter()
-            .find(|entry| (entry.function, entry.index) == (function, index));
-        entry.map_or(0, |entry| match register {
-            Register::Eax => entry.eax,
-            Register::Ebx => entry.ebx,
-            Register::Ecx => entry.ecx,
-            Register::Edx => entry.edx,
-        }) & !self.follows_the_guest()
-    }
-
-    /// Bits that KVM sets by what the guest has switched on: OSXSAVE, MWAIT, APIC, OSPKE; and HTT, which is topology.
-    fn follows_the_guest(self) -> u32 {
-        match self {
-            Self(0x1, _, Register::Ecx) => 1 << 27 | 1 << 3,
-            Self(0x1, _, Register::Edx) => 1 << 9 | 1 << 28,
-            Self(0x7, 0, Register::Ecx) => 1 << 4,
-            Self(0x8000_0001, _, Register::Edx) => 1 << 9,
-            _ => 0,
-        }
-    }
-
-    fn name(self) -> String {
-        let Self(function, index, register) = self;
-        let register = match register {
-            Register::Eax => "EAX",
-            Register::Ebx => "EBX",
-            Register::Ecx => "ECX",
-            Register::Edx => "EDX",
-        };
-        format!("CPUID {function:#x}.{index} {register}")
-    }
-}
 
 /// What a snapshot needs.
 #[derive(Clone, PartialEq, prost::Message)]
@@ -179,7 +112,7 @@ impl Host {
             vendor: vendor(cpuid),
             family,
             model,
-            features: FEATURES.iter().map(|word| word.of(cpuid)).collect(),
+            features: WORDS.iter().map(|word| word.of(cpuid)).collect(),
             tsc_khz: self.tsc_khz,
             msrs,
             kernel: self.kernel.clone(),
@@ -201,10 +134,10 @@ impl Host {
             return Err(mismatch("CPU family", &passport.family, &family));
         }
         // Fewer come from an older VMM, whose guests were told of no others.
-        if passport.features.len() > FEATURES.len() {
-            return Err(mismatch("CPU feature words", &passport.features.len(), &FEATURES.len()));
+        if passport.features.len() > WORDS.len() {
+            return Err(mismatch("CPU feature words", &passport.features.len(), &WORDS.len()));
         }
-        for (word, needed) in FEATURES.iter().zip(&passport.features) {
+        for (word, needed) in WORDS.iter().zip(&passport.features) {
             let found = word.of(ours);
             let missing = needed & !found;
             if missing != 0 {
@@ -281,7 +214,7 @@ mod tests {
     }
 
     fn passport() -> Passport {
-        let mut features = vec![0; FEATURES.len()];
+        let mut features = vec![0; WORDS.len()];
         features[0] = 0b101;
         Passport {
             vendor: "GenuineIntel".into(),

@@ -1,9 +1,13 @@
-//! CPUID: what KVM supports on this host, changed where the guest's machine differs from the host's.
+//! CPUID: what KVM supports on this host, as far as the guest's level allows it, changed where the guest's machine differs from the
+//! host's.
 //!
 //! APIC id = vCPU number; one package, one thread for each core.
 
 use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
 use kvm_ioctls::{Cap, Kvm};
+use thiserror::Error;
+
+use super::level::{Level, Missing};
 
 const ECX1_VMX: u32 = 1 << 5;
 const ECX8000_0001_SVM: u32 = 1 << 2;
@@ -15,21 +19,48 @@ const EDX1_HTT: u32 = 1 << 28;
 const LEVEL_SMT: u32 = 1;
 const LEVEL_CORE: u32 = 2;
 
-/// The CPUID of one vCPU.
-///
-/// # Errors
-/// KVM does not say what it supports.
-pub fn for_vcpu(kvm: &Kvm, id: u8, count: u8) -> Result<CpuId, kvm_ioctls::Error> {
-    let mut cpuid = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)?;
-    let tsc_deadline = kvm.check_extension(Cap::TscDeadlineTimer);
-    let topology = Topology {
-        id: id.into(),
-        count: count.into(),
-    };
-    for entry in cpuid.as_mut_slice() {
-        topology.apply(entry, tsc_deadline);
+/// Guests cannot be told of a processor.
+#[derive(Debug, Error)]
+pub enum Error {
+    /// KVM does not say what it supports.
+    #[error("reading the CPUID that KVM supports")]
+    Kvm(#[from] kvm_ioctls::Error),
+    /// The host's is not of the level.
+    #[error(transparent)]
+    Level(#[from] Missing),
+}
+
+/// The processor that a machine has, but for what differs from vCPU to vCPU.
+pub struct Processor {
+    cpuid: CpuId,
+    tsc_deadline: bool,
+}
+
+impl Processor {
+    /// The host's, as far as a level allows it.
+    ///
+    /// # Errors
+    /// KVM does not say what it supports, or it is not of this level.
+    pub fn of(kvm: &Kvm, level: Level) -> Result<Self, Error> {
+        let mut cpuid = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)?;
+        level.apply(cpuid.as_mut_slice())?;
+        let tsc_deadline = kvm.check_extension(Cap::TscDeadlineTimer);
+        Ok(Self { cpuid, tsc_deadline })
     }
-    Ok(cpuid)
+
+    /// The CPUID of one vCPU.
+    #[must_use]
+    pub fn vcpu(&self, id: u8, count: u8) -> CpuId {
+        let mut cpuid = self.cpuid.clone();
+        let topology = Topology {
+            id: id.into(),
+            count: count.into(),
+        };
+        for entry in cpuid.as_mut_slice() {
+            topology.apply(entry, self.tsc_deadline);
+        }
+        cpuid
+    }
 }
 
 #[derive(Clone, Copy)]

@@ -1,19 +1,23 @@
 //! vCPUs: what they are made of, how the first one begins, and the thread that runs each.
 //!
-//! - `cpuid`: what the guest learns of its processors;
+//! - `cpuid`: what the guest learns of its processors; `level`: what of the host's it may learn of; `features`: where that stands;
 //! - `registers`: state at the first instruction;
 //! - `state`: all that is saved of a vCPU;
 //! - `first_pages`: what a loaded one touches first;
 //! - `thread`: the loop around KVM_RUN.
 
 pub mod cpuid;
+pub(crate) mod features;
 pub mod first_pages;
+pub mod level;
 pub mod registers;
 pub mod state;
 pub mod thread;
 
-use kvm_ioctls::{Kvm, VcpuFd, VmFd};
+use kvm_ioctls::{VcpuFd, VmFd};
 use thiserror::Error;
+
+use self::cpuid::Processor;
 
 /// What KVM refused to do with a vCPU.
 #[derive(Debug, Error)]
@@ -31,11 +35,11 @@ pub struct Error {
 ///
 /// # Errors
 /// KVM refuses something.
-pub fn create(kvm: &Kvm, vm: &VmFd, id: u8, count: u8) -> Result<VcpuFd, Error> {
+pub fn create(processor: &Processor, vm: &VmFd, id: u8, count: u8) -> Result<VcpuFd, Error> {
     let at = |what| move |source| Error { vcpu: id, what, source };
     let vcpu = vm.create_vcpu(id.into()).map_err(at("creating it"))?;
-    let cpuid = cpuid::for_vcpu(kvm, id, count).map_err(at("reading the CPUID that KVM supports"))?;
-    vcpu.set_cpuid2(&cpuid).map_err(at("setting CPUID"))?;
+    vcpu.set_cpuid2(&processor.vcpu(id, count))
+        .map_err(at("setting CPUID"))?;
     registers::set_common(&vcpu).map_err(|(what, source)| Error { vcpu: id, what, source })?;
     Ok(vcpu)
 }

@@ -119,14 +119,17 @@ async fn watch(request: SetResourcesRequest, end: End, guest: Channel) {
 
 #[cfg(test)]
 mod tests {
+    use flint_api::vmm::CpuLevel;
+
     use super::*;
     use crate::sandbox::{Identity, pool::Config};
 
     fn growth(vcpus: u32, memory_bytes: u64) -> Option<Growth> {
-        let shape = Shape::of(&Config {
+        let config = Config {
             memory_bytes: 128 << 20,
             ..Config::default()
-        });
+        };
+        let shape = Shape::of(&config, CpuLevel::Host);
         let spec = SandboxSpec {
             id: "a".into(),
             vcpus,

@@ -110,7 +110,7 @@ impl Pool {
         let config = &means.config.pool;
         let addresses = usize::try_from(means.config.network.range.capacity()).unwrap_or(usize::MAX);
         let shared = Arc::new(Shared {
-            shape: Shape::of(config),
+            shape: Shape::of(config, means.config.cpu_level),
             size: config.size.min(addresses / ADDRESS_SHARE),
             parked: Mutex::default(),
             count: watch::Sender::new(0),

@@ -1,6 +1,6 @@
 //! What all clones of a template have in common, and which sandboxes can be one.
 
-use flint_api::vmm::{CreateMachine, DiskSlot, NetSlot, VsockSlot};
+use flint_api::vmm::{CpuLevel, CreateMachine, DiskSlot, NetSlot, VsockSlot};
 use thiserror::Error;
 
 use super::Config;
@@ -30,6 +30,8 @@ pub(super) struct Shape {
     room_bytes: u64,
     /// Image slots: `image-0` and so on.
     images: u32,
+    /// What guests are told of the processor.
+    cpu_level: CpuLevel,
     /// Size of the scratch disk that is ready; another size fits too, but has to be made first.
     pub scratch_bytes: u64,
 }
@@ -48,7 +50,7 @@ pub(super) enum Misfit {
 }
 
 impl Shape {
-    pub(super) fn of(config: &Config) -> Self {
+    pub(super) fn of(config: &Config, cpu_level: CpuLevel) -> Self {
         Self {
             vcpus: config.vcpus.clamp(1, MOST_VCPUS),
             memory_bytes: config.memory_bytes,
@@ -58,6 +60,7 @@ impl Shape {
                 .min(MOST_ROOM)
                 .next_multiple_of(ROOM_STEP),
             images: config.images,
+            cpu_level,
             scratch_bytes: config.scratch_bytes,
         }
     }
@@ -127,6 +130,7 @@ impl Shape {
             rng: true,
             hotplug_bytes: self.room_bytes,
             balloon: true,
+            cpu_level: self.cpu_level.into(),
         }
     }
 
@@ -157,13 +161,14 @@ mod tests {
     use crate::sandbox::{Identity, NetSpec};
 
     fn shape() -> Shape {
-        Shape::of(&Config {
+        let config = Config {
             vcpus: 4,
             memory_bytes: 64 << 20,
             largest_bytes: 1 << 30,
             images: 2,
             ..Config::default()
-        })
+        };
+        Shape::of(&config, CpuLevel::Host)
     }
 
     fn disk(serial: &str, read_only: bool) -> DiskSpec {
