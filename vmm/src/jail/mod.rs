@@ -7,8 +7,9 @@
 //!                                                             Landlock (no paths, no TCP), seccomp --> serves
 //! ```
 //!
-//! `namespaces` does the first part, `seccomp` has the filter of each kind of thread.
+//! `namespaces` does the first part; `seccomp` has the list of calls of each kind of thread, `filter` makes programs of them.
 
+mod filter;
 mod namespaces;
 pub mod seccomp;
 
@@ -36,9 +37,6 @@ pub enum Error {
     /// Landlock.
     #[error("building the jail: Landlock")]
     Landlock(#[from] landlock::RulesetError),
-    /// A filter.
-    #[error("building the jail: system call filter")]
-    Filter(#[from] seccomp::Error),
 }
 
 /// Denies all paths, all TCP ports and all signals and abstract sockets of others, as far as the host's kernel knows how.
@@ -79,9 +77,9 @@ impl Confine {
     /// Builds all filters, and confines the calling thread to what the making of a machine needs.
     ///
     /// # Errors
-    /// A filter cannot be built or installed.
+    /// The kernel refuses.
     pub fn on() -> Result<Self, Error> {
-        let filters = Filters::new()?;
+        let filters = Filters::default();
         filters.apply(Kind::Setup).map_err(|source| Error::Step {
             what: "confining the main thread",
             source,

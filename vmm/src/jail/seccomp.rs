@@ -8,25 +8,13 @@
 //!                 +--> device threads: Device(kind); of a machine reserved as paged, Watcher
 //! ```
 
-use std::collections::BTreeMap;
 use std::io;
 
 use libc::c_long;
-use seccompiler::{
-    BackendError, BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
-    SeccompRule, TargetArch,
-};
-use thiserror::Error;
+use seccompiler::BpfProgram;
 
+use super::filter::{self, Rules};
 use crate::virtio::ThreadKind;
-
-/// A filter that cannot be built.
-#[derive(Debug, Error)]
-#[error("building the filter for {kind:?}")]
-pub struct Error {
-    kind: Kind,
-    source: BackendError,
-}
 
 /// What a thread is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -149,7 +137,7 @@ const VSOCK: &[c_long] = &[
 const RNG: &[c_long] = &[libc::SYS_timerfd_settime];
 
 /// Request numbers of KVM's ioctls without size and direction (linux/kvm.h): those of the making of a machine.
-const KVM_SETUP: &[u64] = &[
+const KVM_SETUP: &[u32] = &[
     0xae01, // KVM_CREATE_VM
     0xae02, // KVM_GET_MSR_INDEX_LIST
     0xae03, // KVM_CHECK_EXTENSION
@@ -172,7 +160,7 @@ const KVM_SETUP: &[u64] = &[
 ];
 
 /// Those of a vCPU that runs, enters a kernel, or is saved.
-const KVM_VCPU: &[u64] = &[
+const KVM_VCPU: &[u32] = &[
     0xae80, // KVM_RUN
     0xae81, // KVM_GET_REGS
     0xae82, // KVM_SET_REGS
@@ -190,7 +178,7 @@ const KVM_VCPU: &[u64] = &[
 ];
 
 /// Those of a vCPU that is given a saved state.
-const KVM_VCPU_LOAD: &[u64] = &[
+const KVM_VCPU_LOAD: &[u32] = &[
     0xae8f, // KVM_SET_LAPIC
     0xae90, // KVM_SET_CPUID2
     0xae99, // KVM_SET_MP_STATE
@@ -202,7 +190,7 @@ const KVM_VCPU_LOAD: &[u64] = &[
 ];
 
 /// Those of a whole machine that is saved or claimed.
-const KVM_SAVE: &[u64] = &[
+const KVM_SAVE: &[u32] = &[
     0xae42, // KVM_GET_DIRTY_LOG
     0xae46, // KVM_SET_USER_MEMORY_REGION: turns the dirty log on and off
     0xae62, // KVM_GET_IRQCHIP
@@ -211,48 +199,39 @@ const KVM_SAVE: &[u64] = &[
 ];
 
 /// Those of a whole machine that is given a saved state.
-const KVM_LOAD: &[u64] = &[
+const KVM_LOAD: &[u32] = &[
     0xae63, // KVM_SET_IRQCHIP
 ];
 
 /// What the control thread asks of disks and taps: BLKGETSIZE64, BLKSSZGET, TUNGETIFF, TUNGETFEATURES, TUNSETOFFLOAD,
 /// TUNSETVNETHDRSZ, FIONBIO.
-const BINDING: &[u64] = &[0x1272, 0x1268, 0x54d2, 0x54cf, 0x54d0, 0x54d8, 0x5421];
+const BINDING: &[u32] = &[0x1272, 0x1268, 0x54d2, 0x54cf, 0x54d0, 0x54d8, 0x5421];
 
 /// Hearing of faults in guest memory: USERFAULTFD_IOC_NEW and UFFDIO_REGISTER, which have the same number, and UFFDIO_API.
-const PAGING: &[u64] = &[0xaa00, 0xaa3f];
+const PAGING: &[u32] = &[0xaa00, 0xaa3f];
 
 /// UFFDIO_UNREGISTER.
-const UNPAGING: &[u64] = &[0xaa01];
+const UNPAGING: &[u32] = &[0xaa01];
 
 /// Waiting for the page server.
 const POLL: &[c_long] = &[libc::SYS_poll];
 
 /// TUNSETOFFLOAD.
-const OFFLOADING: &[u64] = &[0x54d0];
+const OFFLOADING: &[u32] = &[0x54d0];
 
 /// FIONBIO.
-const NONBLOCKING: &[u64] = &[0x5421];
-
-type Rules = BTreeMap<c_long, Vec<SeccompRule>>;
+const NONBLOCKING: &[u32] = &[0x5421];
 
 /// All filters, built once.
-pub struct Filters(Vec<(Kind, BpfProgram)>);
+pub struct Filters([(Kind, BpfProgram); Kind::ALL.len()]);
+
+impl Default for Filters {
+    fn default() -> Self {
+        Self(Kind::ALL.map(|kind| (kind, filter::program(&rules(kind)))))
+    }
+}
 
 impl Filters {
-    /// Builds them.
-    ///
-    /// # Errors
-    /// A rule that cannot be.
-    pub fn new() -> Result<Self, Error> {
-        let build = |kind| {
-            program(kind)
-                .map(|filter| (kind, filter))
-                .map_err(|source| Error { kind, source })
-        };
-        Kind::ALL.into_iter().map(build).collect::<Result<_, _>>().map(Self)
-    }
-
     /// Puts a filter on the calling thread, on top of those that it has.
     ///
     /// # Errors
@@ -265,118 +244,85 @@ impl Filters {
     }
 }
 
-fn program(kind: Kind) -> Result<BpfProgram, BackendError> {
-    let mut rules = Rules::new();
-    add(&mut rules, kind)?;
-    let filter = SeccompFilter::new(
-        rules,
-        SeccompAction::KillProcess,
-        SeccompAction::Allow,
-        TargetArch::x86_64,
-    )?;
-    filter.try_into()
+pub(super) fn rules(kind: Kind) -> Rules {
+    let mut rules = Rules::default();
+    add(&mut rules, kind);
+    rules
 }
 
-fn add(rules: &mut Rules, kind: Kind) -> Result<(), BackendError> {
-    allow(rules, COMMON);
-    no_code(rules)?;
+fn add(rules: &mut Rules, kind: Kind) {
+    rules.allow(COMMON);
+    no_code(rules);
     // Debug builds of the standard library look whether a descriptor is open before they close it.
-    rules
-        .entry(libc::SYS_fcntl)
-        .or_insert(vec![argument(1, SeccompCmpOp::Eq, libc::F_GETFD as u64)?]);
+    rules.allow_with(libc::SYS_fcntl, 1, u32::MAX, &[libc::F_GETFD.cast_unsigned()]);
     match kind {
         Kind::Setup => {
-            allow(rules, SETUP);
-            ioctls(rules, KVM_SETUP)?;
+            rules.allow(SETUP);
+            ioctls(rules, KVM_SETUP);
             for kind in &Kind::ALL[1..] {
-                add(rules, *kind)?;
+                add(rules, *kind);
             }
         }
         Kind::Loader => {
-            add(rules, Kind::Control)?;
-            allow(rules, NARROWING);
-            allow(rules, LOADING);
-            ioctls(rules, KVM_LOAD)?;
-            allow(rules, POLL);
-            ioctls(rules, PAGING)?;
-            ioctls(rules, UNPAGING)?;
+            add(rules, Kind::Control);
+            rules.allow(NARROWING);
+            rules.allow(LOADING);
+            ioctls(rules, KVM_LOAD);
+            rules.allow(POLL);
+            ioctls(rules, PAGING);
+            ioctls(rules, UNPAGING);
         }
         Kind::Control => {
-            allow(rules, EVENTS);
-            allow(rules, CONTROL);
-            ioctls(rules, BINDING)?;
-            ioctls(rules, KVM_SAVE)?;
+            rules.allow(EVENTS);
+            rules.allow(CONTROL);
+            ioctls(rules, BINDING);
+            ioctls(rules, KVM_SAVE);
         }
         Kind::VcpuLoader => {
-            add(rules, Kind::Vcpu)?;
-            allow(rules, NARROWING);
-            ioctls(rules, KVM_VCPU_LOAD)?;
+            add(rules, Kind::Vcpu);
+            rules.allow(NARROWING);
+            ioctls(rules, KVM_VCPU_LOAD);
         }
-        Kind::Vcpu => ioctls(rules, KVM_VCPU)?,
+        Kind::Vcpu => ioctls(rules, KVM_VCPU),
         Kind::Watcher => {
-            allow(rules, POLL);
-            allow(rules, &[libc::SYS_recvmsg]);
-            ioctls(rules, UNPAGING)?;
+            rules.allow(POLL);
+            rules.allow(&[libc::SYS_recvmsg]);
+            ioctls(rules, UNPAGING);
         }
         Kind::Device(ThreadKind::Block) => {
-            allow(rules, EVENTS);
-            allow(rules, BLOCK);
+            rules.allow(EVENTS);
+            rules.allow(BLOCK);
         }
         Kind::Device(ThreadKind::Net) => {
-            allow(rules, EVENTS);
-            allow(rules, NET);
-            ioctls(rules, OFFLOADING)?;
+            rules.allow(EVENTS);
+            rules.allow(NET);
+            ioctls(rules, OFFLOADING);
         }
         Kind::Device(ThreadKind::Vsock) => {
-            allow(rules, EVENTS);
-            allow(rules, VSOCK);
-            ioctls(rules, NONBLOCKING)?;
+            rules.allow(EVENTS);
+            rules.allow(VSOCK);
+            ioctls(rules, NONBLOCKING);
         }
         Kind::Device(ThreadKind::Rng) => {
-            allow(rules, EVENTS);
-            allow(rules, RNG);
+            rules.allow(EVENTS);
+            rules.allow(RNG);
         }
         // Giving memory back is in COMMON.
-        Kind::Device(ThreadKind::Balloon | ThreadKind::Mem) => allow(rules, EVENTS),
+        Kind::Device(ThreadKind::Balloon | ThreadKind::Mem) => rules.allow(EVENTS),
     }
-    Ok(())
-}
-
-/// An empty list of rules allows a call with any arguments.
-fn allow(rules: &mut Rules, calls: &[c_long]) {
-    rules.extend(calls.iter().map(|call| (*call, Vec::new())));
 }
 
 /// Allows ioctls by the low 16 bits of their request.
-fn ioctls(rules: &mut Rules, requests: &[u64]) -> Result<(), BackendError> {
-    const REQUEST: u64 = 0xffff;
-    let list = rules.entry(libc::SYS_ioctl).or_default();
-    for request in requests {
-        let rule = argument(1, SeccompCmpOp::MaskedEq(REQUEST), *request)?;
-        // Each is compared with, one after the other.
-        if !list.contains(&rule) {
-            list.push(rule);
-        }
-    }
-    Ok(())
+fn ioctls(rules: &mut Rules, requests: &[u32]) {
+    const REQUEST: u32 = 0xffff;
+    rules.allow_with(libc::SYS_ioctl, 1, REQUEST, requests);
 }
 
 /// Memory that is never executable: no new code comes into the process.
-fn no_code(rules: &mut Rules) -> Result<(), BackendError> {
-    const EXECUTABLE: u64 = libc::PROT_EXEC as u64;
+fn no_code(rules: &mut Rules) {
     for call in [libc::SYS_mmap, libc::SYS_mprotect] {
-        rules.insert(call, vec![argument(2, SeccompCmpOp::MaskedEq(EXECUTABLE), 0)?]);
+        rules.allow_with(call, 2, libc::PROT_EXEC.cast_unsigned(), &[0]);
     }
-    Ok(())
-}
-
-fn argument(index: u8, compare: SeccompCmpOp, value: u64) -> Result<SeccompRule, BackendError> {
-    SeccompRule::new(vec![SeccompCondition::new(
-        index,
-        SeccompCmpArgLen::Dword,
-        compare,
-        value,
-    )?])
 }
 
 #[cfg(test)]
@@ -387,7 +333,7 @@ mod tests {
 
     /// Runs system calls under a filter in a process of its own.
     fn under(kind: Kind, calls: &[(c_long, [c_long; 3])]) -> WaitStatus {
-        let filters = Filters::new().unwrap();
+        let filters = Filters::default();
         // SAFETY: the child only makes system calls, with everything they need made before.
         match unsafe { fork() }.unwrap() {
             ForkResult::Parent { child } => waitpid(child, None).unwrap(),
