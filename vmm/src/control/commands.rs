@@ -18,7 +18,7 @@ use flint_snapshots::device::ImageDevice;
 use nix::sys::socket::{UnixAddr, getsockname, getsockopt, sockopt};
 
 use crate::boot;
-use crate::jail::ThreadsFor;
+use crate::jail::{Confine, ThreadsFor};
 use crate::machine::config::Config;
 use crate::machine::snapshot::{LoadRequest, Report, SaveRequest};
 use crate::machine::{self, Created, Machine, Parked, Paused, Reserved, Running, Saving, Shell, Step};
@@ -368,6 +368,25 @@ impl Phase {
             Self::Reserved(_) => Some(ThreadsFor::Restore),
             _ => Some(ThreadsFor::Boot),
         }
+    }
+
+    /// Takes from this thread and those of vCPUs what is not needed for what is ahead: in all of them at once.
+    ///
+    /// # Errors
+    /// The kernel refuses, or a thread is gone.
+    pub fn narrow(&self, confine: &Confine, ahead: ThreadsFor) -> Result<(), machine::Error> {
+        let failed = |what| move |source| machine::Error::Host { what, source };
+        // Made for a start, vCPUs have had no more than that needs from the beginning.
+        let parked = match self {
+            Self::Parked(parked) => parked.as_ref().narrow_vcpus(confine)?,
+            _ => Vec::new(),
+        };
+        let control = confine.narrow_control(ahead);
+        for vcpu in parked {
+            vcpu.wait()?
+                .map_err(failed("narrowing the filter of a vCPU's thread"))?;
+        }
+        control.map_err(failed("narrowing the control thread's filter"))
     }
 
     fn state(&self) -> Answer {

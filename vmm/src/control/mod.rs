@@ -197,12 +197,10 @@ impl Server {
         let before = phase.ahead();
         let (phase, outcome) = phase.handle(command, fds);
         if let Some(ahead) = phase.ahead().filter(|_| phase.ahead() != before) {
-            // All threads are there, or what only loading needs is done: from now on this one needs less.
-            if let Err(error) = self.confine.narrow_control(ahead) {
-                self.exit.set(Exit::new(
-                    ExitReason::VmmError,
-                    format!("narrowing the control thread's filter: {error}"),
-                ));
+            // All threads are there, or what only loading needs is done.
+            if let Err(error) = phase.narrow(&self.confine, ahead) {
+                let detail = commands::chain(&error);
+                self.exit.set(Exit::new(ExitReason::VmmError, detail));
             }
         }
         match outcome {

@@ -90,6 +90,8 @@ pub trait AnyDevice: Send {
     /// # Errors
     /// The state is another device's, or contradicts itself.
     fn restore(&self, record: &DeviceRecord) -> Result<(), DeviceError>;
+    /// Raises the interrupt of a restored device again that was pending, when its vCPUs can take it.
+    fn repeat_interrupt(&self);
 }
 
 /// A virtio device in a saved machine.
@@ -189,6 +191,10 @@ impl<D: Device> AnyDevice for Slot<D> {
         let registers = registers.ok_or_else(|| DeviceError::State("its registers are missing".to_owned()))?;
         self.handle.restore(state, self.memory.clone())?;
         lock(&self.transport).restore(registers)
+    }
+
+    fn repeat_interrupt(&self) {
+        lock(&self.transport).repeat_interrupt();
     }
 }
 

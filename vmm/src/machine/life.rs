@@ -59,7 +59,6 @@ pub struct Created {
 /// All parts are there, and wait for a snapshot.
 pub struct Reserved {
     machine: Machine,
-    confine: Confine,
     paging: Option<Paging>,
 }
 
@@ -138,7 +137,6 @@ impl Shell {
         match watcher.and_then(|watcher| Ok((watcher, Machine::new(&self, config, ThreadsFor::Restore)?))) {
             Ok((watcher, machine)) => Ok(Reserved {
                 machine,
-                confine: self.confine,
                 paging: watcher.map(|watcher| Paging {
                     device: self.uffd,
                     watcher,
@@ -187,12 +185,7 @@ impl Reserved {
     /// It cannot be read, is another host's or another machine's, or KVM refuses what is in it. Nothing has run, and
     /// another one can be loaded.
     pub fn load(self, request: LoadRequest) -> Result<Parked, (Self, Error)> {
-        let loaded = self.machine.load(request, self.paging.as_ref());
-        let narrowed = loaded.and_then(|time| {
-            self.machine.narrow_vcpus(&self.confine)?;
-            Ok(time)
-        });
-        match narrowed {
+        match self.machine.load(request, self.paging.as_ref()) {
             Ok(time) => Ok(Parked {
                 machine: self.machine,
                 time,

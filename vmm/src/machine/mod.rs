@@ -189,7 +189,7 @@ pub struct Machine {
     memory: GuestMemory,
     /// Where its memory came from.
     source: Mutex<Arc<dyn MemorySource>>,
-    /// Of a loaded machine: the ring for the raw disk that its claim brings.
+    /// Of a machine that is to be loaded: the ring for the raw disk that its claim brings.
     ring: Mutex<Option<Ring>>,
     pagemap: Arc<Pagemap>,
     shape: CreateMachine,
@@ -227,6 +227,8 @@ impl Machine {
         let (vsock, rng) = (vsock.transpose()?, rng.transpose()?);
         let (mem, balloon) = (mem.transpose()?, balloon.transpose()?);
         let windows = builder.finish();
+        // A host without io_uring says so to whoever binds a disk.
+        let ring = (ahead == ThreadsFor::Restore).then(Ring::new).and_then(Result::ok);
         let context = Context {
             ports: Arc::new(ports),
             mmio: Arc::new(mmio),
@@ -257,7 +259,7 @@ impl Machine {
             windows,
             memory,
             source: Mutex::new(Arc::new(Anonymous)),
-            ring: Mutex::default(),
+            ring: Mutex::new(ring),
             pagemap: shell.pagemap.clone(),
             shape: config.shape.clone(),
             host: host_facts,

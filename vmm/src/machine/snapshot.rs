@@ -1,7 +1,8 @@
 //! A whole machine into its two files, and out of them.
 //!
 //! Loading goes from the inside out, because each part may say something to the one before it: interrupt controllers, vCPUs
-//! with their local APICs, and then whatever raises interrupts. What cannot be right is refused before anything is touched.
+//! with their local APICs, and then whatever raises interrupts. vCPUs take their state in their own threads; devices, which say nothing
+//! meanwhile, take theirs beside them. What cannot be right is refused before anything is touched.
 
 use std::fs::File;
 use std::io;
@@ -13,6 +14,7 @@ use flint_api::vmm::{CreateMachine, ExitReason};
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
+use super::devices::{AnyDevice, DeviceRecord};
 use super::life::Paging;
 use super::{Error, Machine, chipset, host, named};
 use crate::control::commands;
@@ -26,9 +28,9 @@ use crate::memory::writer::{Over, Writer};
 use crate::memory::{self, HOTPLUG_START, MemorySource, Range, Region};
 use crate::platform::GENERATION_PAGE;
 use crate::snapshot::{MachineRecord, RangeRecord, Snapshot};
-use crate::vcpu::first_pages;
+use crate::vcpu::first_pages::{self, Place};
 use crate::vcpu::state::{VcpuState, VcpuTime};
-use crate::virtio::block::Ring;
+use crate::vcpu::thread::Answer;
 use crate::virtio::core::lock;
 
 /// Where a loaded machine's time stands until it is claimed.
@@ -292,7 +294,7 @@ impl Machine {
         }
     }
 
-    /// Loads a snapshot into a machine that has not run.
+    /// Loads a snapshot into a machine that has not run. What fails leaves memory as it was reserved, for another one.
     pub(super) fn load(&self, request: LoadRequest, paging: Option<&Paging>) -> Result<Time, Error> {
         let LoadRequest { state, memory, server } = request;
         let snapshot = Snapshot::read(&state)?;
@@ -309,19 +311,59 @@ impl Machine {
                 Arc::new(PagedFiles::new(files, socket, device, watcher).map_err(memory::Error::Paged)?)
             }
         };
+        let loaded = self.fill_and_restore(&source, snapshot, khz, here);
+        if loaded.is_err() {
+            // A hole of the next one's must not show what was in this one.
+            memory::clear(&self.memory).map_err(host("giving back the memory of a snapshot that cannot be loaded"))?;
+        }
+        let time = loaded?;
+        *lock(&self.source) = source;
+        Ok(time)
+    }
+
+    fn fill_and_restore(
+        &self,
+        source: &Arc<dyn MemorySource>,
+        snapshot: Snapshot,
+        khz: Option<u32>,
+        here: bool,
+    ) -> Result<Time, Error> {
         source.fill(&self.memory)?;
+        let time = Time {
+            clock: snapshot.clock,
+            vcpus: snapshot.vcpus.iter().map(|vcpu| vcpu.time).collect(),
+            going_on: snapshot.vcpus.iter().map(|vcpu| vcpu.time_to_go_on()).collect(),
+        };
+        let places: Vec<_> = snapshot.vcpus.iter().map(|vcpu| Place::from(&**vcpu)).collect();
+        for (vcpu, state) in self.vcpus.iter().zip(&snapshot.vcpus) {
+            vcpu.hold(state.was_never_started());
+        }
+        chipset::restore(&self.vm, &snapshot.chipset)?;
+        let begun = self.vcpus.iter().zip(snapshot.vcpus);
+        let begun = begun.map(|(vcpu, state)| vcpu.restore(state, khz));
+        let begun = begun.collect::<Result<Vec<_>, _>>()?;
         if here {
-            snapshot
-                .vcpus
+            places
                 .iter()
-                .for_each(|vcpu| first_pages::populate(vcpu, &self.memory));
+                .for_each(|place| first_pages::populate(place, &self.memory));
             first_pages::populate_page(&self.memory, GuestAddress(GENERATION_PAGE), true);
         }
-        let time = self.set(snapshot, khz)?;
-        *lock(&self.source) = source;
-        // A host without io_uring says so to whoever binds a disk.
-        *lock(&self.ring) = Ring::new().ok();
+        let restored = self.restore_devices(&snapshot.devices);
+        // Whatever became of the devices: no vCPU is at it any more when this returns.
+        let vcpus: Vec<_> = begun.into_iter().map(Answer::wait).collect();
+        for vcpu in vcpus {
+            vcpu??;
+        }
+        restored?;
+        self.devices().for_each(AnyDevice::repeat_interrupt);
+        lock(&self.serial).restore(&snapshot.serial)?;
+        self.generation.restore(&snapshot.generation)?;
         Ok(time)
+    }
+
+    fn restore_devices(&self, records: &[DeviceRecord]) -> Result<(), Error> {
+        let mut devices = self.devices().zip(records);
+        devices.try_for_each(|(device, record)| device.restore(record).map_err(|source| named(device, source)))
     }
 
     /// Looks whether a snapshot is of a machine like this one.
@@ -351,40 +393,13 @@ impl Machine {
         Ok(())
     }
 
-    fn set(&self, snapshot: Snapshot, khz: Option<u32>) -> Result<Time, Error> {
-        let time = Time {
-            clock: snapshot.clock,
-            vcpus: snapshot.vcpus.iter().map(|vcpu| vcpu.time).collect(),
-            going_on: snapshot.vcpus.iter().map(|vcpu| vcpu.time_to_go_on()).collect(),
-        };
-        for (vcpu, state) in self.vcpus.iter().zip(&snapshot.vcpus) {
-            vcpu.hold(state.was_never_started());
-        }
-        chipset::restore(&self.vm, &snapshot.chipset)?;
-        let restored = self
-            .vcpus
-            .iter()
-            .zip(snapshot.vcpus)
-            .map(|(vcpu, state)| vcpu.restore(state, khz));
-        // All begin before the first one is waited for.
-        for answer in restored.collect::<Result<Vec<_>, _>>()? {
-            answer.wait()??;
-        }
-        for (device, record) in self.devices().zip(&snapshot.devices) {
-            device.restore(record).map_err(|source| named(device, source))?;
-        }
-        lock(&self.serial).restore(&snapshot.serial)?;
-        self.generation.restore(&snapshot.generation)?;
-        Ok(time)
-    }
-
     /// Takes from the vCPUs' threads what only loading needs.
-    pub(super) fn narrow_vcpus(&self, confine: &Confine) -> Result<(), Error> {
+    ///
+    /// # Errors
+    /// A thread is gone; the answers tell whether the kernel refuses.
+    pub fn narrow_vcpus(&self, confine: &Confine) -> Result<Vec<Answer<'_, io::Result<()>>>, Error> {
         let narrowed = self.vcpus.iter().map(|vcpu| vcpu.narrow(confine.narrow_vcpu()));
-        for answer in narrowed.collect::<Result<Vec<_>, _>>()? {
-            answer.wait()?.map_err(host("narrowing a vCPU thread's filter"))?;
-        }
-        Ok(())
+        Ok(narrowed.collect::<Result<_, _>>()?)
     }
 
     /// Lets a loaded machine go on, its time where it stood.

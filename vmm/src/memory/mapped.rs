@@ -7,8 +7,9 @@
 //!   full file    |##############################################|     mapped first
 //! ```
 //!
-//! Where memory may be plugged, what is not plugged is a hole, and a region that is one hole is not mapped at all: it stays as
-//! it was reserved.
+//! Large holes of the full file are not mapped: there, memory stays as it was reserved. So what a load costs goes with what is in the
+//! memory and not with how large it is: over a registered slot the kernel takes its time for every page that is mapped, used or
+//! not. Most of these holes are memory that may be plugged and is not.
 
 use std::fs::File;
 use std::io;
@@ -16,14 +17,17 @@ use std::ops::Range;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::MetadataExt;
 
-use vm_memory::{GuestAddress, GuestMemoryRegion};
+use vm_memory::GuestMemoryRegion;
 
 use super::file::{Error, Id, Trailer};
 use super::pages::{PAGE, Pages};
-use super::{GuestMemory, HOTPLUG_START, MemorySource, Region, numbered, size};
+use super::{GuestMemory, MemorySource, Region, numbered, size};
 
 /// Most files below a snapshot's own. Each costs mappings; whoever would need more saves against an older base.
 pub const MAX_BASES: usize = 4;
+
+/// A hole that is worth a mapping more around it: parts of the file of this size, aligned to it, are mapped or left out.
+const PART: u64 = 32 << 20;
 
 /// A snapshot's memory file and those that it is based on.
 #[derive(Debug)]
@@ -74,7 +78,7 @@ impl MappedFiles {
         Ok(Self { layers, ids, size })
     }
 
-    /// Maps the full file: the `whole` of it, or without regions that are one hole.
+    /// Maps the full file: the `whole` of it, or without its large holes.
     ///
     /// # Errors
     /// It is no file for this memory, or the host refuses.
@@ -86,11 +90,16 @@ impl MappedFiles {
         }
         let full = self.layers.iter().filter(|layer| layer.pages.is_none());
         for (layer, (first, region)) in full.flat_map(|layer| numbered(reserved).map(move |it| (layer, it))) {
-            let pages = first..first + region.len() / PAGE;
-            let boot = region.start_addr() < GuestAddress(HOTPLUG_START);
-            if whole || boot || has_data(&layer.file, pages.start * PAGE, pages.end * PAGE) {
-                map(&layer.file, region, first, &pages)?;
-            }
+            let all = first..first + region.len() / PAGE;
+            let pages = if whole {
+                Pages::run(all)
+            } else {
+                parts_with_data(&layer.file, all)
+            };
+            pages
+                .runs()
+                .iter()
+                .try_for_each(|run| map(&layer.file, region, first, run))?;
         }
         Ok(())
     }
@@ -203,6 +212,20 @@ fn data(file: &File, end: u64) -> Pages {
     pages
 }
 
+/// Of these pages, the [`PART`]s of the file in which there is something.
+fn parts_with_data(file: &File, pages: Range<u64>) -> Pages {
+    const PAGES: u64 = PART / PAGE;
+    let mut parts = Pages::default();
+    let mut at = pages.start;
+    while let Some(data) = next_data(file, at * PAGE, pages.end * PAGE) {
+        let part = data / PAGE / PAGES * PAGES;
+        let end = (part + PAGES).min(pages.end);
+        parts.push(part.max(at)..end);
+        at = end;
+    }
+    parts
+}
+
 /// Whether the file has something between two offsets.
 pub fn has_data(file: &File, offset: u64, end: u64) -> bool {
     next_data(file, offset, end).is_some()
@@ -233,12 +256,12 @@ fn seek(file: &File, offset: u64, whence: i32) -> io::Result<u64> {
 mod tests {
     use std::os::unix::fs::FileExt;
 
-    use vm_memory::Bytes;
+    use vm_memory::{Bytes, GuestAddress};
 
     use super::*;
     use crate::memory::file::{Difference, write_trailer};
     use crate::memory::writer::{Over, Writer};
-    use crate::memory::{Range as Addresses, reserve};
+    use crate::memory::{HOTPLUG_START, Range as Addresses, reserve};
 
     const RANGES: [Addresses; 2] = [
         Addresses {
@@ -349,6 +372,26 @@ mod tests {
         let mut files = chain();
         write_trailer(&files[0], SIZE, &difference(3, 1, Pages::run(511..514))).unwrap();
         assert!(matches!(open(files.split_off(0), &IDS), Error::Chain(_)));
+    }
+
+    #[test]
+    fn only_parts_of_a_file_with_something_in_them_are_mapped() {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(5 * PART).unwrap();
+        for at in [PART - 1, PART, 3 * PART + 5] {
+            file.write_all_at(&[7], at).unwrap();
+        }
+        let pages = PART / PAGE;
+        let mut expected = Pages::run(0..2 * pages);
+        expected.push(3 * pages..4 * pages);
+        assert_eq!(parts_with_data(&file, 0..5 * pages), expected);
+        // Regions end where they do, and parts are the file's.
+        let mut expected = Pages::run(pages + 1..2 * pages);
+        expected.push(3 * pages..3 * pages + 1);
+        let odd = file.try_clone().unwrap();
+        odd.write_all_at(&[7], (pages + 9) * PAGE).unwrap();
+        assert_eq!(parts_with_data(&file, pages + 1..3 * pages + 1), expected);
+        assert_eq!(parts_with_data(&file, 4 * pages..5 * pages), Pages::default());
     }
 
     #[test]

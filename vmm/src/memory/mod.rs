@@ -176,6 +176,32 @@ pub fn reserve(ranges: &[Range]) -> Result<GuestMemory, Error> {
     Ok(Arc::new(memory))
 }
 
+/// Makes memory as [`reserve`] made it, whatever a source has put there.
+///
+/// # Errors
+/// The host refuses the mapping; nothing is known of the memory then.
+pub fn clear(memory: &GuestMemory) -> io::Result<()> {
+    for region in memory.iter() {
+        // A region is mapped as a whole, so its length is one of this host's.
+        let length = usize::try_from(region.len()).map_err(io::Error::other)?;
+        // SAFETY: a region is replaced by an empty one at its address; its contents change as guest memory always may.
+        let mapped = unsafe {
+            libc::mmap(
+                region.as_ptr().cast(),
+                length,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE | libc::MAP_FIXED,
+                -1,
+                0,
+            )
+        };
+        if mapped == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+    }
+    Ok(())
+}
+
 /// Bytes of guest memory, which is as long as the part of a memory file before its last page.
 #[must_use]
 pub fn size(memory: &GuestMemory) -> u64 {
@@ -269,6 +295,17 @@ mod tests {
                 }
             ]
         );
+    }
+
+    #[test]
+    fn memory_that_was_cleared_is_as_it_was_reserved() {
+        let memory = reserve(&layout(LOW_MEMORY_END + (2 << 20))).unwrap();
+        let places = [0, HIGH_MEMORY_START + 0x1000].map(GuestAddress);
+        places.iter().for_each(|place| memory.write_obj(1u8, *place).unwrap());
+        let addresses = places.map(|place| memory.get_host_address(place).unwrap());
+        clear(&memory).unwrap();
+        assert_eq!(places.map(|place| memory.read_obj::<u8>(place).unwrap()), [0, 0]);
+        assert_eq!(places.map(|place| memory.get_host_address(place).unwrap()), addresses);
     }
 
     #[test]

@@ -7,7 +7,7 @@
 
 use std::collections::BTreeMap;
 
-use kvm_bindings::kvm_sregs;
+use kvm_bindings::{kvm_regs, kvm_sregs};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 
 use super::state::VcpuState;
@@ -25,9 +25,23 @@ const ADDRESS: u64 = 0x000f_ffff_ffff_f000;
 /// A table has 512 entries of 8 bytes.
 const INDEX_BITS: u32 = 9;
 
+/// Where a vCPU stands.
+#[derive(Clone, Copy, Debug)]
+pub struct Place {
+    regs: kvm_regs,
+    sregs: kvm_sregs,
+}
+
+impl From<&VcpuState> for Place {
+    fn from(state: &VcpuState) -> Self {
+        let (regs, sregs) = (state.regs, state.sregs);
+        Self { regs, sregs }
+    }
+}
+
 /// Makes the pages present. What cannot be is left to the fault that needs it.
-pub fn populate(state: &VcpuState, memory: &GuestMemory) {
-    for (page, written) in pages(state, memory) {
+pub fn populate(place: &Place, memory: &GuestMemory) {
+    for (page, written) in pages(place, memory) {
         populate_page(memory, GuestAddress(page * PAGE), written);
     }
 }
@@ -47,8 +61,8 @@ pub fn populate_page(memory: &GuestMemory, page: GuestAddress, written: bool) {
 }
 
 /// Numbers of pages, and whether each will be written.
-fn pages(state: &VcpuState, memory: &GuestMemory) -> BTreeMap<u64, bool> {
-    let (regs, sregs) = (&state.regs, &state.sregs);
+fn pages(place: &Place, memory: &GuestMemory) -> BTreeMap<u64, bool> {
+    let Place { regs, sregs } = place;
     let flat = sregs.efer & EFER_LMA != 0;
     let linear = |base: u64, offset: u64| if flat { offset } else { base.wrapping_add(offset) };
     let mut pages = BTreeMap::new();

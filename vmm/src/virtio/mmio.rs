@@ -156,8 +156,8 @@ impl MmioTransport {
         }
     }
 
-    /// Takes saved registers over; the device takes its own part. An interrupt that was pending is raised again: its edge
-    /// was lost with the old machine.
+    /// Takes saved registers over; the device takes its own part. An interrupt that was pending waits for
+    /// [`Self::repeat_interrupt`].
     ///
     /// # Errors
     /// The state is another device's.
@@ -173,11 +173,16 @@ impl MmioTransport {
         let driver_ok = state.status & VIRTIO_CONFIG_S_DRIVER_OK != 0;
         self.core.restore(driver_ok, state.needs_reset, state.change_untold);
         self.core.config.set_generation(state.config_generation);
-        if state.interrupt_status != 0 {
-            self.core.interrupt.trigger(state.interrupt_status);
-        }
         self.state = state;
         Ok(())
+    }
+
+    /// Raises an interrupt again that was pending when the registers were saved: its edge was lost with the old machine. Its
+    /// vCPUs must be able to take it.
+    pub fn repeat_interrupt(&self) {
+        if self.state.interrupt_status != 0 {
+            self.core.interrupt.trigger(self.state.interrupt_status);
+        }
     }
 
     fn offered(&self) -> u64 {

@@ -271,6 +271,7 @@ fn save_restore_save_is_equal_and_a_pending_interrupt_is_raised_again() {
     let core = Arc::new(Core::new(2, vec![0; 8]).unwrap());
     let mut restored = MmioTransport::new(info(), recorder, core.clone(), Arc::<GuestMemoryMmap>::clone(&memory()));
     restored.restore(saved.clone()).unwrap();
+    restored.repeat_interrupt();
     assert_eq!(restored.save(), saved);
     assert_eq!(core.interrupt.irq().read().unwrap(), 1);
 }
