@@ -63,6 +63,16 @@ pub fn measure(wanted: &Density, report: &mut Report) -> Result<(), Error> {
     tell("idle", &clones, before, &Host::read(cgroup.as_ref())?, report)
 }
 
+/// Tells what one parked clone of a template has beyond what is shared, of so many: its VMM's own, and what the host has less, which
+/// has the kernel's part in it.
+pub(super) fn of_parked(kind: &str, template: &Template, clones: u32, report: &mut Report) -> Result<(), Error> {
+    // What the first one brings into memory is everybody's.
+    drop(template.parked()?);
+    let before = Host::read(None)?;
+    let clones = (0..clones).map(|_| template.parked()).collect::<Result<Vec<_>, _>>()?;
+    tell(kind, &clones, before, &Host::read(None)?, report)
+}
+
 /// Tells what one clone has, on average.
 fn tell(kind: &str, clones: &[Sandbox], before: Host, now: &Host, report: &mut Report) -> Result<(), Error> {
     let mut sums = [0; 4];
