@@ -16,6 +16,8 @@
 #[cfg(feature = "store")]
 mod build;
 mod cache;
+#[cfg(feature = "store")]
+mod content;
 mod source;
 mod table;
 #[cfg(test)]
@@ -31,6 +33,8 @@ pub(crate) use build::seal;
 #[cfg(feature = "store")]
 pub use build::{BuildError, Table};
 use cache::{Cache, Key};
+#[cfg(feature = "store")]
+pub(crate) use content::content_name;
 pub use source::{ChunkRequest, ChunkSource, PackId, PackLocation, Packs, SourceError};
 #[cfg(feature = "store")]
 pub(crate) use table::{BLOCK_LEN, MAX_DEVICE_LEN};

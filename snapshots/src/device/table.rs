@@ -268,6 +268,21 @@ impl OpenTable {
         ((chunk as usize) < self.chunks).then_some(chunk as usize / CHUNKS_PER_PAGE)
     }
 
+    /// Pages of chunks, which come before those of extents.
+    #[cfg(feature = "store")]
+    pub(super) fn chunk_pages(&self) -> usize {
+        self.chunk_pages
+    }
+
+    /// Numbers of the chunks on a page of chunks.
+    #[cfg(feature = "store")]
+    pub(super) fn chunks_on(&self, page: usize) -> std::ops::Range<u32> {
+        let first = page * CHUNKS_PER_PAGE;
+        // The shape has checked that their number fits into 32 bits.
+        let number = |chunk: usize| u32::try_from(chunk.min(self.chunks)).unwrap_or(u32::MAX);
+        number(first)..number(first + CHUNKS_PER_PAGE)
+    }
+
     /// Page `page`, verified.
     pub(super) fn read_page(&self, page: usize) -> Result<Vec<u8>, TableError> {
         let mut bytes = vec![0; PAGE_LEN];

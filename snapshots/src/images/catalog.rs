@@ -14,7 +14,7 @@ use redb::{ReadableTable, TableDefinition};
 
 use super::{Image, ImageError};
 use crate::chunk::ChunkId;
-use crate::device::{PackLocation, Table, packs_of};
+use crate::device::{PackLocation, Table, content_name, packs_of};
 use crate::image::Image as DeviceImage;
 use crate::layer::LayerIndex;
 use crate::machines::shelf;
@@ -333,6 +333,14 @@ impl Catalog {
             .map(|pack| self.chunks.open_pack(pack))
             .collect::<Result<_, _>>()?;
         Ok((open()?, packs))
+    }
+
+    /// The name of the bytes that its device has.
+    pub(crate) fn device_name(&self, digest: Digest) -> Result<String, ImageError> {
+        let _still = self.places.read().unwrap_or_else(PoisonError::into_inner);
+        let path = self.table_path(digest);
+        let table = File::open(&path).map_err(StoreError::io("opening", &path))?;
+        content_name(table).map_err(|error| record_error(&format!("the device of {digest}"), &error))
     }
 
     fn table_path(&self, digest: Digest) -> PathBuf {

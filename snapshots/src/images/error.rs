@@ -181,7 +181,7 @@ impl ImageError {
     }
 }
 
-fn store_kind(error: &StoreError) -> ErrorKind {
+pub(crate) fn store_kind(error: &StoreError) -> ErrorKind {
     if error.is_disk_full() {
         ErrorKind::DiskFull
     } else {
@@ -189,7 +189,7 @@ fn store_kind(error: &StoreError) -> ErrorKind {
     }
 }
 
-fn registry_kind(error: &RegistryError) -> ErrorKind {
+pub(crate) fn registry_kind(error: &RegistryError) -> ErrorKind {
     match error {
         RegistryError::Address { .. } | RegistryError::DockerConfig { .. } | RegistryError::Tls(_) => {
             ErrorKind::Invalid

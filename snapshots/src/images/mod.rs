@@ -25,6 +25,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
 pub use error::{ErrorKind, ImageError, LayerError};
+pub(crate) use error::{registry_kind, store_kind};
 pub use flight::{Progress, Stage, Work};
 pub use keep::InUse;
 pub use record::{Image, ImageConfig};
@@ -207,6 +208,19 @@ impl ImageStore {
             let guard = inner.hold(digest)?;
             let (table, packs) = inner.catalog.device(digest)?;
             Ok(DeviceFiles { table, packs, guard })
+        })
+        .await
+    }
+
+    /// Names the bytes of the image's device: two hosts where it has one name show a guest the same.
+    ///
+    /// # Errors
+    /// When there is no such image, or its table cannot be read.
+    pub async fn device_name(&self, digest: Digest) -> Result<String, ImageError> {
+        let inner = Arc::clone(&self.inner);
+        blocking(move || {
+            let _guard = inner.hold(digest)?;
+            inner.catalog.device_name(digest)
         })
         .await
     }

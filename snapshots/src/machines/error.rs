@@ -3,7 +3,7 @@
 use std::io;
 
 use super::record::RecordError;
-use crate::images::ImageError;
+use crate::images::{ErrorKind, ImageError, registry_kind, store_kind};
 use crate::registry::{ParseReferenceError, RegistryError};
 use crate::store::StoreError;
 
@@ -71,4 +71,27 @@ pub enum MachineError {
     /// A thread died.
     #[error("a worker thread failed: {0}")]
     Worker(String),
+}
+
+impl MachineError {
+    /// What kind of mishap it was.
+    pub fn kind(&self) -> ErrorKind {
+        match self {
+            Self::Name(_) | Self::Reference(_) => ErrorKind::Invalid,
+            Self::NotHere(_) => ErrorKind::NotFound,
+            Self::NoFile { .. } | Self::Record { .. } | Self::Bundle { .. } => ErrorKind::BadImage,
+            Self::File { source, .. } => match source.kind() {
+                io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => ErrorKind::DiskFull,
+                _ => ErrorKind::Internal,
+            },
+            Self::Registry(error) => registry_kind(error),
+            Self::Store(error) => store_kind(error),
+            Self::Sweep(error) => error.kind(),
+            Self::Worker(_) => ErrorKind::Internal,
+        }
+    }
+
+    pub(super) fn is_disk_full(&self) -> bool {
+        self.kind() == ErrorKind::DiskFull
+    }
 }

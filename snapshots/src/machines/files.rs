@@ -8,13 +8,13 @@ use std::os::unix::fs::FileExt;
 
 use super::MachineError;
 use super::record::{MachineFile, Piece, UNIT};
-use crate::chunk::{Chunk, MAX_CHUNK_LEN};
-use crate::store::{ChunkStore, Sink};
+use crate::chunk::{Chunk, ChunkId, MAX_CHUNK_LEN};
+use crate::store::ChunkStore;
 
 /// A page of the guest, and a block of the host's file systems.
 const PAGE: usize = 4096;
 
-fn failed<'a>(action: &'static str, file: &'a str) -> impl FnOnce(io::Error) -> MachineError + use<'a> {
+pub(super) fn failed<'a>(action: &'static str, file: &'a str) -> impl FnOnce(io::Error) -> MachineError + use<'a> {
     move |source| MachineError::File {
         action,
         file: file.to_owned(),
@@ -22,8 +22,12 @@ fn failed<'a>(action: &'static str, file: &'a str) -> impl FnOnce(io::Error) -> 
     }
 }
 
-/// Puts a file's chunks into the store; returns its length, and which chunks are where.
-pub(super) fn cut(name: &str, file: &File, sink: &mut Sink) -> Result<(u64, Vec<Piece>), MachineError> {
+/// Hands a file's chunks to `put`, which names them; returns the file's length, and which chunks are where.
+pub(super) fn cut(
+    name: &str,
+    file: &File,
+    mut put: impl FnMut(&[u8]) -> Result<ChunkId, MachineError>,
+) -> Result<(u64, Vec<Piece>), MachineError> {
     let len = file.metadata().map_err(failed("examining", name))?.len();
     let mut pieces = Vec::new();
     let mut unit = vec![0; MAX_CHUNK_LEN];
@@ -40,7 +44,7 @@ pub(super) fn cut(name: &str, file: &File, sink: &mut Sink) -> Result<(u64, Vec<
         if !is_zero(unit) {
             let place =
                 u32::try_from(at / UNIT).map_err(|_| failed("cutting", name)(io::ErrorKind::FileTooLarge.into()))?;
-            let id = sink.put(unit)?;
+            let id = put(unit)?;
             pieces.push(Piece { place, id });
         }
         at += UNIT;

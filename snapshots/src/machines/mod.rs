@@ -13,7 +13,7 @@
 //! - [`files`]: from files to chunks and back;
 //! - [`bundle`]: chunks for the way;
 //! - [`shelf`]: the machines of this host, in the store's index;
-//! - [`transfer`]: push and pull.
+//! - [`push`] and [`pull`], and what they share: [`transfer`].
 //!
 //! What the files mean is none of this crate's business: flint-vmm writes and reads them, and its passport says which host
 //! can run them.
@@ -21,6 +21,8 @@
 mod bundle;
 mod error;
 mod files;
+mod pull;
+mod push;
 mod record;
 pub(crate) mod shelf;
 mod transfer;
@@ -29,6 +31,7 @@ use std::fs::File;
 use std::sync::Arc;
 
 pub use error::MachineError;
+pub use pull::{Fetched, Found};
 #[cfg(feature = "fuzzing")]
 pub(crate) use record::comes_back;
 pub use record::{Machine, MachineFile, Notes, RecordError};
@@ -61,12 +64,13 @@ impl Machines {
         blocking(move || {
             let session = inner.chunks().session();
             let mut machine = Machine::new(notes);
+            let mut sink = session.sink()?;
             for (name, file) in files {
-                let (len, pieces) = files::cut(&name, &file, &mut session.sink()?)?;
+                let (len, pieces) = files::cut(&name, &file, |unit| Ok(sink.put(unit)?))?;
                 machine.add(&name, len, pieces)?;
             }
             session.commit()?;
-            shelf::put(inner.chunks(), &name, &machine)?;
+            shelf::put(inner.chunks(), &name, &machine, None)?;
             Ok(machine)
         })
         .await

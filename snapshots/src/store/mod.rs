@@ -54,7 +54,7 @@ pub use error::StoreError;
 pub(crate) use index::Index;
 use lock::DirLock;
 use pack::Pack;
-pub(crate) use pack::unpack;
+pub(crate) use pack::{compress, unpack};
 use session::Pins;
 pub use session::{Session, Sink};
 
@@ -185,6 +185,10 @@ impl ChunkStore {
             return Ok(Some(*location));
         }
         self.inner.index.locate(id)
+    }
+
+    pub(crate) fn zstd_level(&self) -> i32 {
+        self.inner.options.zstd_level
     }
 
     /// Whether the store has `id`.

@@ -237,6 +237,16 @@ impl Pack {
     }
 }
 
+/// A chunk as it is stored: itself, or a zstd frame that is shorter.
+pub(crate) fn compress(chunk: &[u8], level: i32) -> io::Result<Vec<u8>> {
+    let packed = zstd::bulk::compress(chunk, level)?;
+    Ok(if packed.len() < chunk.len() {
+        packed
+    } else {
+        chunk.to_vec()
+    })
+}
+
 /// The chunk of `raw_len` bytes that is stored as `stored`.
 pub(crate) fn unpack(stored: &[u8], raw_len: u32) -> io::Result<Vec<u8>> {
     if stored.len() == raw_len as usize {

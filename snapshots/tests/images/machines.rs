@@ -15,11 +15,11 @@ use crate::proxy::{Fault, Proxy};
 use crate::registry::Registry;
 use crate::*;
 
-const UNIT: u64 = 256 << 10;
-const MEMORY: u64 = 64 << 20;
+pub const UNIT: u64 = 256 << 10;
+pub const MEMORY: u64 = 64 << 20;
 
 /// A state file, and a memory file with holes: 24 units of noise, a page in the middle of a unit, and the last byte.
-fn make_machine(dir: &Path) -> Vec<(String, File)> {
+pub fn make_machine(dir: &Path) -> Vec<(String, File)> {
     let make = |name: &str| {
         let options = File::options()
             .read(true)
@@ -41,7 +41,7 @@ fn make_machine(dir: &Path) -> Vec<(String, File)> {
     vec![("state".to_owned(), state), ("memory".to_owned(), memory)]
 }
 
-fn files(dir: &Path) -> Vec<(String, File)> {
+pub fn files(dir: &Path) -> Vec<(String, File)> {
     let open = |name: &str| (name.to_owned(), File::open(dir.join(name)).unwrap());
     vec![open("state"), open("memory")]
 }
@@ -57,7 +57,7 @@ async fn laid_out(machines: &Machines, name: &str, at: &Path) -> File {
     file
 }
 
-fn assert_same(left: &File, right: &File) {
+pub fn assert_same(left: &File, right: &File) {
     assert_eq!(left.metadata().unwrap().len(), right.metadata().unwrap().len());
     let (mut a, mut b) = (vec![0; 1 << 20], vec![0; 1 << 20]);
     for at in (0..left.metadata().unwrap().len()).step_by(1 << 20) {
@@ -67,12 +67,12 @@ fn assert_same(left: &File, right: &File) {
     }
 }
 
-fn unwatched() -> Watcher {
+pub fn unwatched() -> Watcher {
     Arc::new(|_| ())
 }
 
 /// A watcher, and what it heard last.
-fn watched() -> (Watcher, Arc<Mutex<Transfer>>) {
+pub fn watched() -> (Watcher, Arc<Mutex<Transfer>>) {
     let last = Arc::new(Mutex::new(Transfer::default()));
     let heard = Arc::clone(&last);
     let watcher = move |transfer: Transfer| {

@@ -13,6 +13,7 @@ mod kinds;
 mod layers;
 mod local;
 mod machines;
+mod moves;
 mod proxy;
 mod pull;
 mod registry;

@@ -55,37 +55,19 @@ impl Registry {
     }
 
     fn start_in(dir: tempfile::TempDir, auth: &str, http: &str) -> Self {
-        let config = dir.path().join("config.yml");
         let text = format!(
             "version: 0.1\nlog: {{level: info}}\nstorage: {{filesystem: {{rootdirectory: {}/data}}}}\n\
              http: {{addr: '127.0.0.1:0'{http}}}\n{auth}\n",
             dir.path().display()
         );
-        fs::write(&config, text).unwrap();
-        let mut child = Command::new("docker-registry")
-            .arg("serve")
-            .arg(&config)
-            .stdout(Stdio::null())
-            .stderr(Stdio::piped())
-            .spawn()
-            .expect("docker-registry is installed (apt-get install docker-registry)");
-        let mut log = BufReader::new(child.stderr.take().unwrap());
-        let mut seen = String::new();
-        let address = loop {
-            let mut line = String::new();
-            assert_ne!(log.read_line(&mut line).unwrap(), 0, "the registry ended: {seen}");
-            if let Some((_, rest)) = line.split_once("listening on ") {
-                break rest
-                    .split(|c: char| c != '.' && c != ':' && !c.is_ascii_digit())
-                    .next()
-                    .unwrap()
-                    .to_owned();
-            }
-            seen.push_str(&line);
-        };
-        // Whoever does not read a log to its end stops its writer.
-        std::thread::spawn(move || std::io::copy(&mut log, &mut std::io::sink()));
+        fs::write(dir.path().join("config.yml"), text).unwrap();
+        let (child, address) = serve(dir.path());
         Self { child, address, dir }
+    }
+
+    /// Starts it again with what it has, after it was killed; at another address.
+    pub fn start_again(&mut self) {
+        (self.child, self.address) = serve(self.dir.path());
     }
 
     pub fn reference(&self, name: &str) -> String {
@@ -156,6 +138,34 @@ impl Drop for Registry {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
+}
+
+/// Runs a registry of the configuration in `dir`; its address.
+fn serve(dir: &Path) -> (Child, String) {
+    let mut child = Command::new("docker-registry")
+        .arg("serve")
+        .arg(dir.join("config.yml"))
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("docker-registry is installed (apt-get install docker-registry)");
+    let mut log = BufReader::new(child.stderr.take().unwrap());
+    let mut seen = String::new();
+    let address = loop {
+        let mut line = String::new();
+        assert_ne!(log.read_line(&mut line).unwrap(), 0, "the registry ended: {seen}");
+        if let Some((_, rest)) = line.split_once("listening on ") {
+            break rest
+                .split(|c: char| c != '.' && c != ':' && !c.is_ascii_digit())
+                .next()
+                .unwrap()
+                .to_owned();
+        }
+        seen.push_str(&line);
+    };
+    // Whoever does not read a log to its end stops its writer.
+    std::thread::spawn(move || std::io::copy(&mut log, &mut std::io::sink()));
+    (child, address)
 }
 
 pub fn skopeo(arguments: &[&str]) {
