@@ -269,6 +269,8 @@ pub trait Images: Send + Sync + 'static {
     async fn get(&self, name: &str) -> Result<Option<ImageInfo>, ImageError>;
     /// All images.
     async fn list(&self) -> Result<Vec<host::Image>, ImageError>;
+    /// Names the bytes that the image's block device has: the same on all hosts where a guest sees the same.
+    async fn device_name(&self, digest: &str) -> Result<String, ImageError>;
     /// Removes an image and says how many bytes that freed.
     async fn remove(&self, digest: &str) -> Result<u64, ImageError>;
 }

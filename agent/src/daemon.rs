@@ -47,6 +47,7 @@ use crate::{
     },
     saved::{SavedError, SavedPods},
     store::{Store, StoreError},
+    travel::Mover,
 };
 
 const MIB: u64 = 1 << 20;
@@ -221,6 +222,9 @@ pub enum DaemonError {
     /// The snapshots.
     #[error("could not open the snapshots")]
     Snapshots(#[from] SavedError),
+    /// Their chunks.
+    #[error("could not look through the chunks of snapshots")]
+    Chunks(#[source] Box<flint_snapshots::machines::MachineError>),
     /// A listener.
     #[error(transparent)]
     Listen(#[from] ListenError),
@@ -270,6 +274,7 @@ pub async fn run(options: Options) -> Result<JoinHandle<()>, DaemonError> {
     let control = Arc::new(HostControl::new(journal.clone(), loaded.host.clone()));
     let allocatable = info.allocatable.unwrap_or_default();
     let drain_pool = manager.pool().drainer();
+    let machines = images.machines();
     let context = Arc::new(Context {
         sandboxes: Arc::new(MicroVms::new(manager, images.clone())),
         images: Arc::new(StoreImages::new(images)),
@@ -286,10 +291,13 @@ pub async fn run(options: Options) -> Result<JoinHandle<()>, DaemonError> {
         saved: SavedPods::open(&options.state_dir.join("snapshots"), options.max_snapshots)?,
         host_changed: watch::Sender::new(0),
     });
+    let mover = Mover::new(context.saved.clone(), context.images.clone(), machines).await;
+    let mover = mover.map_err(|error| DaemonError::Chunks(Box::new(error)))?;
     let pods = Pods::start(context, loaded).await;
     let routes = Api {
         pods: pods.clone(),
         control,
+        mover,
         info: Arc::new(info),
     }
     .routes()

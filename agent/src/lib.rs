@@ -16,7 +16,7 @@
 //!    |   \   \
 //!    |   \   network/  bridge, addresses, taps, rules
 //!    |   cgroup, scratch   what bounds a sandbox
-//!   saved      pods saved as they ran, on this host's disk
+//!   saved      pods saved as they ran, on this host's disk; travel/ moves them to and from registries
 //!   process    a VMM in its cgroup, named by pidfd
 //! ```
 //!
@@ -39,6 +39,7 @@ pub mod saved;
 pub mod scratch;
 pub mod store;
 pub mod timeline;
+pub mod travel;
 
 /// An error with all its causes, outermost first. A cause that its parent's message has already is left out.
 pub fn chain(error: &dyn std::error::Error) -> String {

@@ -14,10 +14,8 @@ use std::{
     os::unix::fs::FileExt as _,
 };
 
-use host::{Host, LIMIT};
+use host::{COUNTS, Host};
 
-/// Counts, some a second, and ends with 7 when it is told to.
-const COUNTS: &str = "trap 'echo bye; exit 7' TERM; n=0; while :; do n=$((n+1)); echo $n; sleep 0.2; done";
 const NEVER: &str = "  restartPolicy: Never\n";
 /// What must differ between any two machines, a line each.
 const SELF: &str = "hostname; cat /etc/hostname /etc/machine-id /sys/class/net/eth0/address; \
@@ -26,25 +24,7 @@ const SELF: &str = "hostname; cat /etc/hostname /etc/machine-id /sys/class/net/e
 
 /// The next numbers of a pod's log, which follow one another; the first of them.
 fn counts(host: &Host, name: &str, lines: usize) -> u64 {
-    let (mut follower, log) = host.follow(name);
-    let next = || {
-        let line = log
-            .recv_timeout(LIMIT)
-            .unwrap_or_else(|_| panic!("{name} does not go on"));
-        line.parse::<u64>().unwrap_or_else(|_| panic!("{name} says {line:?}"))
-    };
-    let numbers: Vec<_> = (0..lines).map(|_| next()).collect();
-    follower.kill().unwrap();
-    follower.wait().unwrap();
-    let first = numbers[0];
-    assert!(
-        numbers
-            .iter()
-            .zip(first..)
-            .all(|(number, expected)| *number == expected),
-        "{name}: {numbers:?}"
-    );
-    first
+    host.next_numbers(name, lines)
 }
 
 /// A pod that counts and has come to a number.

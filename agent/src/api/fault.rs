@@ -2,6 +2,7 @@
 
 use std::{collections::HashMap, time::Duration};
 
+use flint_snapshots::{images::ErrorKind, machines::MachineError};
 use tonic::{Code, Status};
 use tonic_types::{ErrorDetails, FieldViolation, QuotaViolation, StatusExt as _};
 
@@ -10,10 +11,13 @@ use crate::{
     chain,
     pods::{PodError, journal::OutOfRange},
     saved::SavedError,
+    travel::TravelError,
 };
 
 /// Domain of every `ErrorInfo`.
 pub const DOMAIN: &str = "flint.host";
+/// When to ask a registry again.
+const REGISTRY_RETRY: Duration = Duration::from_secs(10);
 
 /// A status with an `ErrorInfo`.
 pub(super) fn fault(code: Code, reason: &str, message: impl Into<String>) -> Status {
@@ -102,23 +106,52 @@ impl From<SavedError> for Status {
 
 impl From<ImageError> for Status {
     fn from(error: ImageError) -> Self {
-        let message = error.to_string();
+        of_image(&error, error.to_string())
+    }
+}
+
+fn of_image(error: &ImageError, message: String) -> Status {
+    match error {
+        ImageError::Invalid(_) => fault(Code::InvalidArgument, "INVALID_IMAGE", message),
+        ImageError::NotFound(_) => fault(Code::NotFound, "IMAGE_NOT_FOUND", message),
+        ImageError::Denied(_) => fault(Code::PermissionDenied, "REGISTRY_DENIED", message),
+        ImageError::Unavailable(_) => fault_retry(Code::Unavailable, "REGISTRY_UNAVAILABLE", message, REGISTRY_RETRY),
+        ImageError::Corrupt(_) => fault(Code::DataLoss, "IMAGE_CORRUPT", message),
+        ImageError::Unsupported(_) => fault(Code::Unimplemented, "IMAGE_UNSUPPORTED", message),
+        ImageError::InUse(_) => fault(Code::FailedPrecondition, "IMAGE_IN_USE", message),
+        ImageError::NoSpace(_) => fault(Code::ResourceExhausted, "NO_SPACE", message),
+        ImageError::Internal(_) => fault(Code::Internal, "IMAGE_STORE", message),
+    }
+}
+
+impl From<TravelError> for Status {
+    fn from(error: TravelError) -> Self {
+        let message = chain(&error);
         match error {
-            ImageError::Invalid(_) => fault(Code::InvalidArgument, "INVALID_IMAGE", message),
-            ImageError::NotFound(_) => fault(Code::NotFound, "IMAGE_NOT_FOUND", message),
-            ImageError::Denied(_) => fault(Code::PermissionDenied, "REGISTRY_DENIED", message),
-            ImageError::Unavailable(_) => fault_retry(
-                Code::Unavailable,
-                "REGISTRY_UNAVAILABLE",
-                message,
-                Duration::from_secs(10),
-            ),
-            ImageError::Corrupt(_) => fault(Code::DataLoss, "IMAGE_CORRUPT", message),
-            ImageError::Unsupported(_) => fault(Code::Unimplemented, "IMAGE_UNSUPPORTED", message),
-            ImageError::InUse(_) => fault(Code::FailedPrecondition, "IMAGE_IN_USE", message),
-            ImageError::NoSpace(_) => fault(Code::ResourceExhausted, "NO_SPACE", message),
-            ImageError::Internal(_) => fault(Code::Internal, "IMAGE_STORE", message),
+            TravelError::Saved(error) => error.into(),
+            TravelError::Machine(error) => of_machine(&error, message),
+            TravelError::Unknown { .. } => fault(Code::Unimplemented, "SNAPSHOT_UNSUPPORTED", message),
+            TravelError::Senseless { .. } => fault(Code::DataLoss, "SNAPSHOT_CORRUPT", message),
+            TravelError::Image { source, .. } => of_image(&source, message),
+            TravelError::Device { .. } => fault(Code::FailedPrecondition, "IMAGE_DIFFERS", message),
+            TravelError::Worker(_) => fault(Code::Internal, "SNAPSHOTS", message),
         }
+    }
+}
+
+/// On the way to or from a registry.
+fn of_machine(error: &MachineError, message: String) -> Status {
+    match error.kind() {
+        ErrorKind::Invalid => bad_field("reference", message),
+        ErrorKind::NotFound => fault(Code::NotFound, "REFERENCE_NOT_FOUND", message),
+        ErrorKind::Denied => fault(Code::PermissionDenied, "REGISTRY_DENIED", message),
+        ErrorKind::Unavailable | ErrorKind::Deadline => {
+            fault_retry(Code::Unavailable, "REGISTRY_UNAVAILABLE", message, REGISTRY_RETRY)
+        }
+        ErrorKind::BadImage => fault(Code::DataLoss, "SNAPSHOT_CORRUPT", message),
+        ErrorKind::Unsupported => fault(Code::Unimplemented, "SNAPSHOT_UNSUPPORTED", message),
+        ErrorKind::DiskFull => fault(Code::ResourceExhausted, "NO_SPACE", message),
+        ErrorKind::InUse | ErrorKind::Internal => fault(Code::Internal, "SNAPSHOTS", message),
     }
 }
 

@@ -4,17 +4,14 @@ use std::path::PathBuf;
 
 use flint_api::host::{self, images_server::Images};
 use tokio::sync::mpsc;
-use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, Request, Response, Status, async_trait};
 
 use super::{
-    Answers, Api,
+    Answers, Api, WINDOW,
     fault::{bad_field, fault},
+    streamed,
 };
 use crate::backend::{ImageError, ImageInfo, PullOrder};
-
-/// Progress on its way to one client; a slow client gets less of it.
-const WINDOW: usize = 32;
 
 #[async_trait]
 impl Images for Api {
@@ -90,31 +87,18 @@ impl Api {
     where
         F: Future<Output = Result<ImageInfo, ImageError>> + Send + 'static,
     {
-        let (progress, mut reports) = mpsc::channel(WINDOW);
-        let (out, answers) = mpsc::channel(WINDOW);
+        let (progress, reports) = mpsc::channel(WINDOW);
         let work = begin(progress);
         let pods = self.pods.clone();
-        tokio::spawn(async move {
-            let forward = async {
-                while let Some(report) = reports.recv().await {
-                    // Gone clients are not told; the reports are still taken.
-                    let _ = out.send(Ok(report)).await;
-                }
-            };
-            let result = tokio::select! {
-                (result, ()) = futures::future::join(work, forward) => result,
-                () = out.closed() => return,
-            };
-            let last = result.map_err(Status::from).map(|found| {
-                let in_use = pods.images_in_use().contains(&found.image.digest);
-                host::PullProgress {
-                    stage: "done".into(),
-                    image: Some(host::Image { in_use, ..found.image }),
-                    ..host::PullProgress::default()
-                }
-            });
-            let _ = out.send(last).await;
-        });
-        Response::new(Box::pin(ReceiverStream::new(answers)))
+        let result = async move {
+            let found = work.await?;
+            let in_use = pods.images_in_use().contains(&found.image.digest);
+            Ok(host::PullProgress {
+                stage: "done".into(),
+                image: Some(host::Image { in_use, ..found.image }),
+                ..host::PullProgress::default()
+            })
+        };
+        streamed(reports, result)
     }
 }

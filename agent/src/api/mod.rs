@@ -17,12 +17,14 @@ use flint_api::host::{
     snapshots_server::SnapshotsServer, streams_server::StreamsServer,
 };
 use futures::Stream;
-use tonic::{Status, service::Routes};
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Response, Status, service::Routes};
 use tonic_reflection::server::Builder as Reflection;
 
 pub use fault::DOMAIN;
 
-use crate::{host::HostControl, pods::Pods};
+use crate::{host::HostControl, pods::Pods, travel::Mover};
 
 /// Largest request; a pod is a few kilobytes, and what streams comes in small pieces.
 const MAX_REQUEST: usize = 4 << 20;
@@ -32,6 +34,30 @@ const MAX_RESPONSE: usize = 64 << 20;
 /// What a streaming call answers with.
 type Answers<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 
+/// Progress on its way to one client; a slow client gets less of it.
+const WINDOW: usize = 32;
+
+/// Sends what work reports, and then its result. The work ends with a client that hangs up.
+fn streamed<T: Send + 'static>(
+    mut reports: mpsc::Receiver<T>,
+    work: impl Future<Output = Result<T, Status>> + Send + 'static,
+) -> Response<Answers<T>> {
+    let (out, answers) = mpsc::channel(WINDOW);
+    tokio::spawn(async move {
+        let forward = async {
+            while let Some(report) = reports.recv().await {
+                // Gone clients are not told; the reports are still taken.
+                let _ = out.send(Ok(report)).await;
+            }
+        };
+        tokio::select! {
+            (result, ()) = futures::future::join(work, forward) => drop(out.send(result).await),
+            () = out.closed() => {}
+        }
+    });
+    Response::new(Box::pin(ReceiverStream::new(answers)))
+}
+
 /// What the services work on.
 #[derive(Clone)]
 pub struct Api {
@@ -39,6 +65,8 @@ pub struct Api {
     pub pods: Arc<Pods>,
     /// Lease and drain.
     pub control: Arc<HostControl>,
+    /// Snapshots to and from registries.
+    pub mover: Mover,
     /// What does not change while the machine runs.
     pub info: Arc<flint_api::host::HostInfo>,
 }

@@ -263,6 +263,9 @@ impl Images for View {
     async fn list(&self) -> Result<Vec<host::Image>, ImageError> {
         Ok(Vec::new())
     }
+    async fn device_name(&self, _: &str) -> Result<String, ImageError> {
+        Ok(String::new())
+    }
     async fn remove(&self, _: &str) -> Result<u64, ImageError> {
         Ok(0)
     }

@@ -33,6 +33,7 @@ use tracing::{info, warn};
 
 pub use error::PodError;
 pub use record::{ContainerRecord, PodRecord};
+pub(crate) use steps::registry as registry_of;
 
 use crate::{
     backend::{Images, Sandbox, Sandboxes},

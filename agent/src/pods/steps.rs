@@ -75,7 +75,7 @@ fn pull_policy(container: &host::Container) -> host::ImagePullPolicy {
 }
 
 /// The registry's host in a reference.
-pub(super) fn registry(reference: &str) -> &str {
+pub(crate) fn registry(reference: &str) -> &str {
     match reference.split_once('/') {
         Some((host, _)) if host.contains(['.', ':']) || host == "localhost" => host,
         _ => "docker.io",

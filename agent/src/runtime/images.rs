@@ -70,6 +70,12 @@ impl Images for StoreImages {
         Ok(images.iter().map(|image| info(image).image).collect())
     }
 
+    async fn device_name(&self, digest: &str) -> Result<String, ImageError> {
+        let parsed = digest.parse();
+        let parsed = parsed.map_err(|error| ImageError::Invalid(format!("image {digest}: {}", chain(&error))))?;
+        self.0.device_name(parsed).await.map_err(|error| failure(&error))
+    }
+
     async fn remove(&self, name: &str) -> Result<u64, ImageError> {
         self.0.remove(name).await.map_err(|error| failure(&error))
     }

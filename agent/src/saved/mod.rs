@@ -139,6 +139,8 @@ struct Known {
     records: BTreeMap<String, Option<SavedRecord>>,
     /// Of which pods are still to be made.
     holds: HashMap<String, Holds>,
+    /// Images that those need that are being made.
+    wanted: HashMap<String, Vec<String>>,
 }
 
 #[derive(Debug, Default)]
@@ -277,15 +279,20 @@ impl SavedPods {
         known.listed().filter_map(|record| record.snapshot.clone()).collect()
     }
 
-    /// Digests of the images that they need.
+    /// Digests of the images that they need, those that are being made too.
     pub fn images(&self) -> Vec<String> {
         let known = self.0.known();
-        known
-            .records
-            .values()
-            .flatten()
-            .flat_map(|record| record.disks.clone())
-            .collect()
+        let disks = known.records.values().flatten().flat_map(|record| &record.disks);
+        disks.chain(known.wanted.values().flatten()).cloned().collect()
+    }
+
+    /// What is known of one that people see, and its files, which can be read whatever becomes of it.
+    pub fn read(&self, name: &str) -> Result<(SavedRecord, SavedFiles), SavedError> {
+        if is_unlisted(name) {
+            return Err(SavedError::NotFound(name.to_owned()));
+        }
+        let held = self.hold(name)?;
+        Ok((held.record().clone(), held.files()?))
     }
 
     /// Removes one and says how much that freed. Blocks.
@@ -409,6 +416,11 @@ impl Draft {
         &self.name
     }
 
+    /// What it will need: these images cannot be removed from now on.
+    pub fn needs(&self, images: Vec<String>) {
+        self.inner.known().wanted.insert(self.name.clone(), images);
+    }
+
     /// Its files, empty.
     pub fn files(&self) -> Result<SavedFiles, SavedError> {
         let make = |name: &str| {
@@ -451,7 +463,10 @@ impl Draft {
         fs::rename(&self.path, &named).map_err(failed("name", &named))?;
         // It has its name: from here on it is one, whatever fails.
         self.finished = true;
-        self.inner.known().records.insert(self.name.clone(), Some(record));
+        let mut known = self.inner.known();
+        known.records.insert(self.name.clone(), Some(record));
+        known.wanted.remove(&self.name);
+        drop(known);
         sync_folder(&self.inner.folder)?;
         Ok(snapshot)
     }
@@ -470,7 +485,9 @@ impl Drop for Draft {
         if let Err(error) = fs::remove_dir_all(&self.path) {
             warn!(path = %self.path.display(), %error, "an unfinished snapshot stays until flintd is started again");
         }
-        self.inner.known().records.remove(&self.name);
+        let mut known = self.inner.known();
+        known.records.remove(&self.name);
+        known.wanted.remove(&self.name);
     }
 }
 

@@ -15,7 +15,8 @@
 use std::collections::BTreeSet;
 use std::ffi::OsStr;
 use std::fs;
-use std::io::{BufRead, BufReader, Read};
+use std::io::{self, BufRead, BufReader, Read};
+use std::net::{Shutdown, TcpListener, TcpStream};
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
@@ -25,6 +26,7 @@ use std::time::Duration;
 
 use nix::mount::{self, MsFlags};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sched::{self, CloneFlags};
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
 use nix::sys::signal::{self, Signal};
 use nix::unistd::Pid;
@@ -33,6 +35,9 @@ use tempfile::TempDir;
 
 /// Longest wait for anything. Emulated hosts are slow, and a test must not hang.
 pub const LIMIT: Duration = Duration::from_secs(120);
+
+/// A program that counts, some a second, and ends with 7 when it is told to.
+pub const COUNTS: &str = "trap 'echo bye; exit 7' TERM; n=0; while :; do n=$((n+1)); echo $n; sleep 0.2; done";
 
 /// How much of a log is shown of a test that failed.
 const LAST_WORDS: usize = 8 << 10;
@@ -45,6 +50,10 @@ pub struct Host {
     disk: Option<PathBuf>,
     /// How many clones flintd keeps parked.
     pool: usize,
+    /// Name of flintd's cgroup.
+    cgroup: &'static str,
+    /// A network namespace of its own.
+    network: Option<Network>,
     before: Traces,
 }
 
@@ -94,6 +103,16 @@ impl Host {
         host
     }
 
+    /// A further one beside others: what must differ does, and it has a network namespace of its own, in which the registry is at the
+    /// same address.
+    pub fn start_beside(cgroup: &'static str) -> Self {
+        let mut host = Self::new(0);
+        host.cgroup = cgroup;
+        host.network = Some(Network::with_registry());
+        host.start_daemon();
+        host
+    }
+
     fn new(pool: usize) -> Self {
         let before = Traces::now();
         let dir = tempfile::Builder::new()
@@ -105,6 +124,8 @@ impl Host {
             daemon: None,
             disk: None,
             pool,
+            cgroup: "flint",
+            network: None,
             before,
         }
     }
@@ -116,7 +137,11 @@ impl Host {
             .append(true)
             .open(self.path("flintd.log"))
             .expect("a log");
-        let mut daemon = Command::new(bin("flintd"))
+        let mut command = match &self.network {
+            Some(network) => network.command(bin("flintd")),
+            None => Command::new(bin("flintd")),
+        };
+        let mut daemon = command
             .arg("--state-dir")
             .arg(self.path("state"))
             .arg("--run-dir")
@@ -126,6 +151,7 @@ impl Host {
             // Small enough for a host whose disk is in memory to be filled.
             .args(["--pod-scratch", "96"])
             .args(["--pool", &self.pool.to_string()])
+            .args(["--cgroup", self.cgroup])
             .env("FLINT_VMM", bin("flint-vmm"))
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
@@ -154,13 +180,23 @@ impl Host {
 
     /// Waits until flintd has said so often that its pool is full.
     pub fn wait_pool_full(&self, times: usize) {
-        let log = self.path("flintd.log");
+        let full = || self.daemon_log().matches("the pool is full").count() >= times;
+        self.wait_for_change(&self.path("flintd.log"), AddWatchFlags::IN_MODIFY, full);
+    }
+
+    /// Waits until a file or folder is there.
+    pub fn wait_for_path(&self, path: &Path) {
+        let folder = path.parent().expect("it is in a folder");
+        self.wait_for_change(folder, AddWatchFlags::IN_CREATE, || path.exists());
+    }
+
+    fn wait_for_change(&self, path: &Path, change: AddWatchFlags, done: impl Fn() -> bool) {
         let watch = Inotify::init(InitFlags::IN_CLOEXEC).expect("inotify");
-        watch.add_watch(&log, AddWatchFlags::IN_MODIFY).expect("a watch");
-        while self.daemon_log().matches("the pool is full").count() < times {
+        watch.add_watch(path, change).expect("a watch");
+        while !done() {
             let mut readable = [PollFd::new(watch.as_fd(), PollFlags::POLLIN)];
             let timeout = PollTimeout::try_from(LIMIT).expect("it is short");
-            assert_eq!(poll(&mut readable, timeout), Ok(1), "no clones: {}", self.daemon_log());
+            assert_eq!(poll(&mut readable, timeout), Ok(1), "no change: {}", self.daemon_log());
             watch.read_events().expect("events");
         }
     }
@@ -261,6 +297,24 @@ impl Host {
         child.wait().expect("wait");
     }
 
+    /// The next numbers of a pod's log, which must follow one another; the first of them.
+    pub fn next_numbers(&self, name: &str, lines: usize) -> u64 {
+        let (mut follower, log) = self.follow(name);
+        let next = || {
+            let line = log
+                .recv_timeout(LIMIT)
+                .unwrap_or_else(|_| panic!("{name} does not go on"));
+            line.parse::<u64>().unwrap_or_else(|_| panic!("{name} says {line:?}"))
+        };
+        let numbers: Vec<_> = (0..lines).map(|_| next()).collect();
+        follower.kill().expect("kill");
+        follower.wait().expect("wait");
+        let first = numbers[0];
+        let follow = numbers.iter().zip(first..).all(|(number, next)| *number == next);
+        assert!(follow, "{name}: {numbers:?}");
+        first
+    }
+
     /// The most memory that flintd has had, in KiB.
     pub fn daemon_peak(&self) -> u64 {
         peak(i32::try_from(self.daemon.as_ref().expect("flintd runs").id()).expect("a pid"))
@@ -314,11 +368,80 @@ impl Drop for Host {
         if let Some(disk) = &self.disk {
             let _ = mount::umount(disk);
         }
+        if self.network.is_some() {
+            let _ = fs::remove_dir(Path::new("/sys/fs/cgroup").join(self.cgroup));
+        }
         if !thread::panicking() {
             let left: Vec<_> = Traces::now().0.difference(&self.before.0).cloned().collect();
             assert!(left.is_empty(), "left behind: {left:#?}");
         }
     }
+}
+
+/// A network namespace that is there as long as this value.
+struct Network {
+    keeper: Child,
+}
+
+impl Network {
+    /// One whose loopback has the test registry, too.
+    fn with_registry() -> Self {
+        let mut keeper = Command::new("unshare")
+            .args(["--net", "sh", "-c", "ip link set lo up && echo up && exec cat"])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .expect("unshare starts");
+        let said = lines_of(keeper.stdout.take().expect("piped"));
+        assert_eq!(said.recv_timeout(LIMIT).as_deref(), Ok("up"));
+        let network = Self { keeper };
+        let (path, registry) = (network.path(), variable("FLINT_TEST_REGISTRY"));
+        let address = registry.clone();
+        // A socket stays in the namespace that its thread was in when it was made.
+        let inside = thread::spawn(move || {
+            let namespace = fs::File::open(path).expect("it is there");
+            sched::setns(namespace, CloneFlags::CLONE_NEWNET).expect("enter it");
+            TcpListener::bind(address).expect("nobody has the port in there")
+        });
+        let listener = inside.join().expect("no panic");
+        // Ends with the test's process.
+        thread::spawn(move || {
+            for client in listener.incoming().map_while(Result::ok) {
+                let server = TcpStream::connect(&registry).expect("the registry is there");
+                pass_on(&client, &server);
+                pass_on(&server, &client);
+            }
+        });
+        network
+    }
+
+    fn path(&self) -> PathBuf {
+        format!("/proc/{}/ns/net", self.keeper.id()).into()
+    }
+
+    /// A program in it.
+    fn command(&self, program: PathBuf) -> Command {
+        let mut command = Command::new("nsenter");
+        command.arg(format!("--net={}", self.path().display())).arg(program);
+        command
+    }
+}
+
+impl Drop for Network {
+    fn drop(&mut self) {
+        drop(self.keeper.stdin.take());
+        let _ = self.keeper.wait();
+    }
+}
+
+/// Copies what one end says to the other, until it has said all.
+fn pass_on(from: &TcpStream, to: &TcpStream) {
+    let mut from = from.try_clone().expect("a descriptor");
+    let mut to = to.try_clone().expect("a descriptor");
+    thread::spawn(move || {
+        let _ = io::copy(&mut from, &mut to);
+        let _ = to.shutdown(Shutdown::Write);
+    });
 }
 
 /// Everything that a sandbox leaves traces in.
@@ -339,6 +462,8 @@ impl Traces {
                 .filter(|name| !name.contains('.'))
                 .map(|n| format!("cgroup {n}")),
         );
+        let beside = names_in("/sys/fs/cgroup").filter(|name| name.starts_with("flint-"));
+        traces.extend(beside.map(|name| format!("cgroup {name}")));
         let mounts = fs::read_to_string("/proc/self/mounts").unwrap_or_default();
         traces.extend(
             mounts

@@ -113,8 +113,9 @@ impl Machines {
         let (chunks, from) = (machine.chunks(), Arc::new(from));
         let meter = Meter::new(machine.chunk_bytes(), watcher);
         let parallel = self.inner.registry().config().parallel_layers;
-        let sent: Vec<(Bundle, Blob)> = stream::iter(divide(&chunks))
-            .map(|chunks| send_bundle(&from, chunks, &push, &meter))
+        let bundles: Vec<Vec<Chunk>> = divide(&chunks).into_iter().map(<[Chunk]>::to_vec).collect();
+        let sent: Vec<(Bundle, Blob)> = stream::iter(bundles)
+            .map(|chunks| send_bundle(Arc::clone(&from), chunks, &push, &meter))
             .buffered(parallel)
             .try_collect()
             .await?;
@@ -124,14 +125,13 @@ impl Machines {
 }
 
 async fn send_bundle(
-    from: &Arc<Chunks>,
-    chunks: &[Chunk],
+    from: Arc<Chunks>,
+    chunks: Vec<Chunk>,
     push: &Push,
     meter: &Meter,
 ) -> Result<(Bundle, Blob), MachineError> {
     let raw = chunks.iter().map(|chunk| u64::from(chunk.len)).sum();
     let ids: Vec<_> = chunks.iter().map(|chunk| chunk.id).collect();
-    let from = Arc::clone(from);
     let (bundle, bytes) = blocking(move || from.gather(&ids)).await?;
     let blob = Blob {
         digest: Digest::of(&bytes),

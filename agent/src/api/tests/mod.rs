@@ -2,9 +2,11 @@
 
 mod forks;
 mod pause;
+mod registry;
 mod scripted;
 mod snapshots;
 mod streams;
+mod travel;
 
 use std::{path::Path, sync::Arc, time::Duration};
 
@@ -15,6 +17,7 @@ use flint_api::{
     },
     vmm::ExitReason,
 };
+use flint_snapshots::images::{ImageStore, ImageStoreOptions};
 use hyper_util::rt::TokioIo;
 use tokio::{net::UnixStream, sync::oneshot, task::JoinHandle};
 use tokio_stream::StreamExt as _;
@@ -37,6 +40,7 @@ use crate::{
     },
     saved::SavedPods,
     store::Store,
+    travel::Mover,
 };
 
 const MIB: u64 = 1 << 20;
@@ -46,6 +50,7 @@ struct Flintd {
     channel: Channel,
     guest: ScriptedGuest,
     sandboxes: ScriptedSandboxes,
+    images: ScriptedImages,
     stop: Option<oneshot::Sender<()>>,
     server: JoinHandle<()>,
     journal: std::thread::JoinHandle<()>,
@@ -67,9 +72,10 @@ impl Flintd {
             pods: 10,
         };
         let control = Arc::new(HostControl::new(journal.clone(), loaded.host.clone()));
+        let images = ScriptedImages::default();
         let context = Arc::new(Context {
             sandboxes: Arc::new(sandboxes.clone()),
-            images: Arc::new(ScriptedImages),
+            images: Arc::new(images.clone()),
             journal,
             logs: Arc::new(Logs::new(folder.join("logs"))),
             metrics: Arc::new(Metrics::new()),
@@ -83,6 +89,9 @@ impl Flintd {
             saved: SavedPods::open(&folder.join("snapshots"), 2).unwrap(),
             host_changed: tokio::sync::watch::Sender::new(0),
         });
+        let store = ImageStore::open(&folder.join("images"), ImageStoreOptions::default()).await;
+        let machines = store.unwrap().machines();
+        let mover = Mover::new(context.saved.clone(), context.images.clone(), machines).await;
         let pods = Pods::start(context, loaded).await;
         let info = describe(
             folder,
@@ -96,6 +105,7 @@ impl Flintd {
         let routes = Api {
             pods,
             control,
+            mover: mover.unwrap(),
             info: Arc::new(info),
         }
         .routes()
@@ -121,6 +131,7 @@ impl Flintd {
             channel,
             guest,
             sandboxes,
+            images,
             stop: Some(stop),
             server,
             journal: thread,

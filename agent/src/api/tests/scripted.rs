@@ -443,7 +443,16 @@ impl Sandboxes for ScriptedSandboxes {
 
 /// Knows one image, `busybox`; a registry called `down` is down.
 #[derive(Clone, Default)]
-pub(super) struct ScriptedImages;
+pub(super) struct ScriptedImages {
+    /// It has to be pulled first.
+    pub(super) absent: Arc<AtomicBool>,
+    /// Its registry is down.
+    pub(super) down: Arc<AtomicBool>,
+    /// Its registry does not answer.
+    pub(super) silent: Arc<watch::Sender<bool>>,
+    /// Its device is another one.
+    pub(super) differs: Arc<AtomicBool>,
+}
 
 fn busybox() -> ImageInfo {
     let image = host::Image {
@@ -470,8 +479,13 @@ impl Images for ScriptedImages {
             stage: "resolve".into(),
             ..Default::default()
         });
+        self.silent.subscribe().wait_for(|silent| !silent).await.unwrap();
         match order.reference.as_str() {
-            "busybox" => Ok(busybox()),
+            _ if self.down.load(Ordering::Relaxed) => Err(ImageError::Unavailable("the registry is down".into())),
+            "busybox" | "busybox@sha256:b" => {
+                self.absent.store(false, Ordering::Relaxed);
+                Ok(busybox())
+            }
             reference if reference.starts_with("down") => Err(ImageError::Unavailable("the registry is down".into())),
             reference => Err(ImageError::NotFound(format!("no image {reference}"))),
         }
@@ -485,10 +499,15 @@ impl Images for ScriptedImages {
         Err(ImageError::Invalid(format!("{} is no archive", path.display())))
     }
     async fn get(&self, name: &str) -> Result<Option<ImageInfo>, ImageError> {
-        Ok(["busybox", "sha256:b"].contains(&name).then(busybox))
+        let known = ["busybox", "sha256:b"].contains(&name) && !self.absent.load(Ordering::Relaxed);
+        Ok(known.then(busybox))
     }
     async fn list(&self) -> Result<Vec<host::Image>, ImageError> {
         Ok(vec![busybox().image])
+    }
+    async fn device_name(&self, digest: &str) -> Result<String, ImageError> {
+        let differs = self.differs.load(Ordering::Relaxed);
+        Ok(format!("device {differs} of {digest}"))
     }
     async fn remove(&self, _: &str) -> Result<u64, ImageError> {
         Ok(1000)

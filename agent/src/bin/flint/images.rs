@@ -127,7 +127,10 @@ pub struct Pull {
 
 impl Pull {
     pub async fn execute(self, client: Client, format: Format) -> Result<u8, Failure> {
-        let credentials = self.username.map(credentials).transpose()?;
+        let credentials = self
+            .username
+            .map(|name| credentials(name, "pull -u USER"))
+            .transpose()?;
         let request = PullRequest {
             reference: self.reference,
             credentials,
@@ -142,13 +145,15 @@ impl Pull {
     }
 }
 
-fn credentials(username: String) -> Result<RegistryCredentials, Failure> {
+/// The user's name with a password that was given; `command` is for who gave none.
+pub fn credentials(username: String, command: &str) -> Result<RegistryCredentials, Failure> {
     if let Ok(password) = std::env::var("FLINT_REGISTRY_PASSWORD") {
         return Ok(RegistryCredentials { username, password });
     }
     if io::stdin().is_terminal() {
-        return Err(Failure::new("no password given")
-            .hint("put it in FLINT_REGISTRY_PASSWORD, or pipe it in: flint pull -u NAME REFERENCE <password-file"));
+        return Err(Failure::new("no password given").hint(format!(
+            "put it in FLINT_REGISTRY_PASSWORD, or pipe it in: flint {command} REFERENCE <password-file"
+        )));
     }
     let mut password = String::new();
     io::stdin()
@@ -164,7 +169,7 @@ fn credentials(username: String) -> Result<RegistryCredentials, Failure> {
 async fn follow(mut progress: Streaming<PullProgress>) -> Result<Image, Failure> {
     let mut last = None;
     while let Some(step) = progress.message().await? {
-        show(&step);
+        show_progress(&describe(&step));
         last = step.image;
     }
     clear_progress();
@@ -184,13 +189,14 @@ pub async fn show_pull(client: Client, reference: String) {
     };
     let mut progress = response.into_inner();
     while let Ok(Some(step)) = progress.message().await {
-        show(&step);
+        show_progress(&describe(&step));
     }
 }
 
-fn show(step: &PullProgress) {
+/// Says on the terminal's line how far something is.
+pub fn show_progress(said: &str) {
     if io::stderr().is_terminal() {
-        eprint!("\r\x1b[K{}", describe(step));
+        eprint!("\r\x1b[K{said}");
         let _ = io::stderr().flush();
     }
 }

@@ -85,7 +85,7 @@ enum Command {
     Resume(standstill::Resume),
     /// Make new pods of one that runs, as it is now.
     Fork(fork::Fork),
-    /// Save pods as they run; list and remove what was saved.
+    /// Save pods as they run; list, remove and move what was saved.
     #[command(visible_alias = "snapshot")]
     Snapshots(snapshots::Snapshots),
     /// End pods: TERM, the grace period, KILL.
