@@ -46,6 +46,8 @@ fn a_pod_goes_on_on_another_host_where_it_stood_and_a_killed_pull_is_tried_again
 
     here.ok(["run", "--from-snapshot", "warm", "--name", "again", "--detach"]);
     assert_eq!(here.next_numbers("again", 4), first, "both from one moment");
+    // What the other host leaves behind is looked for on all of this machine.
+    here.ok(["rm", "--force", "again"]);
     there.ok(["stop", "-t", "60", "moved"]);
     assert_eq!(
         there.pod("moved")["status"]["containers"][0]["terminated"]["exitCode"],

@@ -36,6 +36,7 @@ pub struct Daemon {
 }
 
 /// What a program printed and how it ended.
+#[allow(dead_code, reason = "not every test looks at all of it")]
 #[derive(Debug)]
 pub struct Done {
     pub code: i32,
@@ -46,36 +47,21 @@ pub struct Done {
 impl Daemon {
     /// Starts one and waits until it answers.
     pub fn start(folder: TempDir, start: &Start<'_>) -> Self {
-        let path = folder.path();
-        let line = format!(
-            "set -e; ip link set lo up; {}\nexec {} --state-dir $T/state --run-dir $T/run --cgroup $C --vmm {} --kernel $T/kernel \
-             --initrd $T/initrd --pool 0 \"$@\"",
-            start.setup,
-            env!("CARGO_BIN_EXE_flintd"),
-            vmm().display(),
-        );
-        let log = fs::File::create(path.join("flintd.log")).unwrap();
-        let mut command = Command::new("unshare");
-        command
-            .args(["-m", "-n", "sh", "-c", &line, "flintd"])
-            .args(start.args)
-            .env("T", path)
-            .env("C", path.file_name().unwrap())
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .stderr(log);
-        if start.busy {
-            // SAFETY: two system calls with pointers to constants and to the stack, nothing else.
-            unsafe { command.pre_exec(answer_busy) };
-        }
-        let mut child = command.spawn().unwrap();
-        let mut ready = String::new();
-        BufReader::new(child.stdout.take().unwrap())
-            .read_line(&mut ready)
-            .unwrap();
-        let daemon = Self { folder, child };
-        assert!(ready.starts_with("ready"), "{}", daemon.log());
-        daemon
+        let child = spawn(folder.path(), start);
+        Self { folder, child }
+    }
+
+    /// Kills it as a crash would.
+    #[allow(dead_code, reason = "not every test does")]
+    pub fn kill(&mut self) {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+    }
+
+    /// Starts another one over its folders, in new namespaces.
+    #[allow(dead_code, reason = "not every test does")]
+    pub fn start_again(&mut self, start: &Start<'_>) {
+        self.child = spawn(self.folder.path(), start);
     }
 
     pub fn path(&self, name: &str) -> PathBuf {
@@ -121,6 +107,7 @@ impl Daemon {
     }
 
     /// Resident memory, in KiB.
+    #[allow(dead_code, reason = "not every test asks")]
     pub fn resident_kib(&self) -> u64 {
         let status = fs::read_to_string(format!("/proc/{}/status", self.child.id())).unwrap();
         let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
@@ -144,6 +131,39 @@ impl Drop for Daemon {
         let sandboxes: Vec<_> = fs::read_dir(self.path("run/sandboxes")).unwrap().collect();
         assert!(sandboxes.is_empty(), "{sandboxes:?}");
     }
+}
+
+/// Runs flintd, and waits until it answers.
+fn spawn(path: &Path, start: &Start<'_>) -> Child {
+    let line = format!(
+        "set -e; ip link set lo up; {}\nexec {} --state-dir $T/state --run-dir $T/run --cgroup $C --vmm {} --kernel $T/kernel \
+         --initrd $T/initrd --pool 0 \"$@\"",
+        start.setup,
+        env!("CARGO_BIN_EXE_flintd"),
+        vmm().display(),
+    );
+    let log = fs::File::create(path.join("flintd.log")).unwrap();
+    let mut command = Command::new("unshare");
+    command
+        .args(["-m", "-n", "sh", "-c", &line, "flintd"])
+        .args(start.args)
+        .env("T", path)
+        .env("C", path.file_name().unwrap())
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(log);
+    if start.busy {
+        // SAFETY: two system calls with pointers to constants and to the stack, nothing else.
+        unsafe { command.pre_exec(answer_busy) };
+    }
+    let mut child = command.spawn().unwrap();
+    let mut ready = String::new();
+    BufReader::new(child.stdout.take().unwrap())
+        .read_line(&mut ready)
+        .unwrap();
+    let log = || fs::read_to_string(path.join("flintd.log")).unwrap();
+    assert!(ready.starts_with("ready"), "{}", log());
+    child
 }
 
 /// A folder for a daemon, with a kernel and an initrd that look like ones.

@@ -202,8 +202,11 @@ async fn make_room(inner: &Arc<Inner>) {
     }
 }
 
+/// An artifact's layers, each with the chunks in it.
+type Carried = Vec<(Blob, Arc<Bundle>)>;
+
 /// What an artifact says, as far as it makes sense.
-fn understand(artifact: &Artifact, reference: &str) -> Result<(Machine, Vec<(Blob, Arc<Bundle>)>), MachineError> {
+fn understand(artifact: &Artifact, reference: &str) -> Result<(Machine, Carried), MachineError> {
     let (machine, bundles) = decode(&artifact.config).map_err(|source| MachineError::Record {
         name: reference.to_owned(),
         source,

@@ -76,6 +76,12 @@ impl ScriptedGuest {
             .send_modify(|all| all.entry(id.into()).or_default().exit = Some(exit));
     }
 
+    /// A container runs in it that was not created here: it came with a saved machine's memory.
+    pub(super) fn has_running(&self, id: &str) {
+        self.containers
+            .send_modify(|all| all.entry(id.into()).or_default().started = true);
+    }
+
     /// Writes and ends in one step, so that nobody sees one without the other.
     pub(super) fn print_and_exit(&self, id: &str, text: &str, exit_code: u32) {
         self.containers.send_modify(|all| {

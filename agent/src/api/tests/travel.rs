@@ -107,6 +107,7 @@ async fn a_snapshot_that_one_host_pushes_another_pulls_and_runs() {
         from_snapshot: "warm".into(),
         ..Default::default()
     };
+    flintd.guest.has_running("web-0");
     flintd.pods().apply_pod(request).await.unwrap();
     flintd.running("b").await;
     flintd.guest.print_and_exit("web-0", "bye", 3);
