@@ -251,6 +251,12 @@ impl Phase {
         (self, saved.map(Answer::Saved).map_err(Failure::from))
     }
 
+    /// Whether a loaded machine waits to be claimed.
+    #[must_use]
+    pub fn is_parked(&self) -> bool {
+        matches!(self, Self::Parked(_))
+    }
+
     /// Whether there is something to do beside waiting for requests.
     #[must_use]
     pub fn is_busy(&self) -> bool {

@@ -34,6 +34,9 @@ const CONNECTION: u64 = 1;
 const EXIT: u64 = 2;
 const DIALS: u64 = 3;
 
+/// A parked machine that nobody claims for so many milliseconds has time to become small; one that is claimed at once does not wait for that.
+const PARKED_FOR_LONG: u8 = 20;
+
 /// The end of a sandbox, with its machine: to be kept until the process exits, because taking a running machine apart first
 /// would only cost time.
 pub struct End {
@@ -53,6 +56,8 @@ pub struct Server {
     born: Instant,
     /// The request that is being worked at step by step, if whoever sent it still waits for the answer.
     unanswered: Option<u64>,
+    /// What only loading needed was given back.
+    trimmed: bool,
 }
 
 impl Server {
@@ -77,6 +82,7 @@ impl Server {
             confine,
             born,
             unanswered: None,
+            trimmed: false,
         })
     }
 
@@ -110,11 +116,20 @@ impl Server {
         }
         let busy = phase.is_busy();
         let mut events = [EpollEvent::empty(); 4];
-        let patience = if busy { EpollTimeout::ZERO } else { EpollTimeout::NONE };
+        let untrimmed = phase.is_parked() && !self.trimmed;
+        let patience = match (busy, untrimmed) {
+            (true, _) => EpollTimeout::ZERO,
+            (false, true) => PARKED_FOR_LONG.into(),
+            (false, false) => EpollTimeout::NONE,
+        };
         let count = match self.epoll.wait(&mut events, patience) {
-            Err(Errno::EINTR) => 0,
+            Err(Errno::EINTR) => return Ok(phase),
             outcome => outcome?,
         };
+        if count == 0 && untrimmed {
+            trim_heap();
+            self.trimmed = true;
+        }
         for event in &events[..count] {
             match event.data() {
                 LISTENER => self.accept()?,
@@ -280,6 +295,12 @@ impl Server {
             self.connection = None;
         }
     }
+}
+
+/// Gives back what loading took of the heap: each vCPU's state, decoded, is some 20 KiB.
+fn trim_heap() {
+    // SAFETY: it takes a number, and may be called at any time (malloc_trim(3)).
+    unsafe { libc::malloc_trim(0) };
 }
 
 fn saved(report: &Report) -> Saved {

@@ -276,10 +276,9 @@ pub fn restore(vcpu: &VcpuFd, state: &VcpuState, tsc_khz: Option<u32>) -> Result
     vcpu.set_regs(&state.regs).map_err(at("restoring its registers"))?;
     vcpu.set_sregs(&state.sregs)
         .map_err(at("restoring its system registers"))?;
-    let xsave = kvm_xsave {
-        region: state.xsave,
-        ..Default::default()
-    };
+    // Not on the stack, whose pages stay: a machine may have many vCPUs.
+    let mut xsave = Box::<kvm_xsave>::default();
+    xsave.region = state.xsave;
     // SAFETY: no feature of dynamic size (AMX) was enabled for this process, so the state fits `kvm_xsave`.
     unsafe { vcpu.set_xsave(&xsave) }.map_err(at("restoring its FPU"))?;
     vcpu.set_xcrs(&state.xcrs)
