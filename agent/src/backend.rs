@@ -13,7 +13,7 @@ use thiserror::Error;
 use tokio::sync::mpsc;
 use tonic::{async_trait, transport::Channel};
 
-use crate::{probe::KvmKind, saved::SavedFiles, timeline::Timeline};
+use crate::{hook::Hook, probe::KvmKind, saved::SavedFiles, timeline::Timeline};
 
 /// What a sandbox is made of.
 #[derive(Clone, Debug)]
@@ -109,6 +109,8 @@ pub struct Origin {
     pub files: Arc<SavedFiles>,
     /// What it was.
     pub machine: SavedMachine,
+    /// What its guest is to run when it has its identity, and before anything that it sends leaves it.
+    pub hook: Option<Hook>,
 }
 
 /// No sandbox could be made of a saved one.
@@ -117,6 +119,9 @@ pub enum RestoreError {
     /// This host cannot run it, now or later; says why, for example which line of its passport differs.
     #[error("{0}")]
     Refused(String),
+    /// The hook has failed.
+    #[error("{0}")]
+    Hook(String),
     /// Something failed.
     #[error("{0}")]
     Failed(String),

@@ -26,6 +26,7 @@ pub mod api;
 pub mod backend;
 pub mod cgroup;
 pub mod daemon;
+pub mod hook;
 pub mod host;
 pub mod logs;
 pub mod metrics;

@@ -14,7 +14,7 @@ use std::{
     os::unix::fs::FileExt as _,
 };
 
-use host::{COUNTS, Host};
+use host::{COUNTS, Host, busybox};
 
 const NEVER: &str = "  restartPolicy: Never\n";
 /// What must differ between any two machines, a line each.
@@ -150,4 +150,38 @@ fn a_paused_pod_is_forked_and_stays_paused_and_a_killed_flintd_goes_on_with_the_
     assert!(many.stderr.contains("OutOf"), "no room for all of them: {many:?}");
     assert_eq!(host.json(["ps"])["pods"].as_array().unwrap().len(), 3, "all or none");
     assert_eq!(entries(&host, "snapshots"), 0);
+}
+
+#[test]
+fn a_pod_puts_itself_in_order_before_it_is_saved_and_behind_the_fence_where_it_goes_on() {
+    let host = Host::start();
+    // Its gateway answers, unless nothing leaves the sandbox yet.
+    let after = "ping -c 1 -W 1 $(ip route | awk '/default/ {print $3}') >/dev/null && echo open >> /note || echo fenced >> /note";
+    host.apply(&format!(
+        "apiVersion: v1\nkind: Pod\nmetadata:\n  name: warm\n  annotations:\n    flint.dev/before-snapshot: '[\"main\", \"sh\", \"-c\", \"echo saved >> \
+         /note\"]'\n    flint.dev/after-restore: {}\nspec:\n  containers:\n  - name: main\n    image: {}\n    command: [sh, -c, {}]\n",
+        serde_json::to_string(&serde_json::to_string(&["main", "sh", "-c", after]).unwrap()).unwrap(),
+        busybox(),
+        serde_json::to_string(COUNTS).unwrap(),
+    ));
+
+    host.ok(["snapshot", "create", "warm", "w"]);
+    host.ok(["run", "--from-snapshot", "w", "--name", "clone", "--detach"]);
+    counts(&host, "clone", 1);
+    host.ok(["fork", "clone", "--name", "fork"]);
+
+    let note = |name| host.ok(["exec", name, "--", "cat", "/note"]);
+    println!("{}", host.ok(["timeline", "clone"]));
+    assert_eq!(note("warm"), "saved\n");
+    assert_eq!(note("clone"), "saved\nfenced\nsaved\n");
+    assert_eq!(note("fork"), "saved\nfenced\nsaved\nfenced\n");
+    let open = host.flint([
+        "exec",
+        "clone",
+        "--",
+        "sh",
+        "-c",
+        "ping -c 1 -W 5 $(ip route | awk '/default/ {print $3}')",
+    ]);
+    assert_eq!(open.code, 0, "{open:?}");
 }

@@ -77,6 +77,7 @@ impl From<PodError> for Status {
             PodError::Terminating(_) => fault(Code::FailedPrecondition, "POD_TERMINATING", message),
             PodError::Starting(_) => fault(Code::FailedPrecondition, "POD_STARTING", message),
             PodError::Saved(error) => error.into(),
+            PodError::Hook { .. } => fault(Code::FailedPrecondition, "HOOK_FAILED", message),
             PodError::Paused(_) => fault(Code::FailedPrecondition, "POD_PAUSED", message),
             PodError::Sandbox { .. } => fault(Code::Internal, "SANDBOX", message),
             PodError::NotEnded(_) => fault(Code::FailedPrecondition, "POD_NOT_ENDED", message),

@@ -3,7 +3,7 @@
 use thiserror::Error;
 
 use super::{admission::Shortage, validate::Violation};
-use crate::saved::SavedError;
+use crate::{hook::HookError, saved::SavedError};
 
 /// A request about a pod was refused.
 #[derive(Debug, Error)]
@@ -20,6 +20,14 @@ pub enum PodError {
     /// No sandbox can be made just now.
     #[error("this host cannot start pods just now: {0}")]
     NotReady(String),
+    /// Its own program failed.
+    #[error("pod {uid} is not saved, because its hook before the snapshot has failed: {source}")]
+    Hook {
+        /// The pod.
+        uid: String,
+        /// Why.
+        source: HookError,
+    },
     /// The uid is not known.
     #[error("no pod with uid {0} is known on this host")]
     NotFound(String),

@@ -30,6 +30,8 @@ use crate::backend::SandboxExit;
 const SHUTDOWN_PATIENCE: Duration = Duration::from_secs(10);
 /// Why a pod ends whose snapshot this host cannot run.
 pub(super) const SNAPSHOT_REFUSED: &str = "SnapshotRefused";
+/// Why a pod ends that could not be made ready for where it goes on.
+pub(super) const AFTER_RESTORE_FAILED: &str = "AfterRestoreFailed";
 /// How long `ErrImagePull` stands before it becomes `ImagePullBackOff`.
 const PULL_ERROR_STANDS: Duration = Duration::from_secs(1);
 
@@ -262,8 +264,8 @@ impl Machine {
     }
 
     fn launch_failed(&mut self, error: StepError, now: SystemTime, actions: &mut Vec<Action>) {
-        // No later try would find the host another one.
-        let for_good = error.reason == SNAPSHOT_REFUSED;
+        // No later try would find the host or the snapshot another one.
+        let for_good = [SNAPSHOT_REFUSED, AFTER_RESTORE_FAILED].contains(&error.reason.as_str());
         self.reason = error.reason;
         self.message = error.message;
         if self.policy == host::RestartPolicy::Never || self.terminating.is_some() || for_good {

@@ -7,10 +7,12 @@ use tokio::sync::mpsc;
 
 use super::{
     Context,
-    machine::{SNAPSHOT_REFUSED, StepError},
+    machine::{AFTER_RESTORE_FAILED, SNAPSHOT_REFUSED, StepError},
+    run::guest_id,
 };
 use crate::{
     backend::{ImageError, Origin, PullOrder, RestoreError, Sandbox, SandboxPlan, SavedMachine},
+    hook::Hook,
     saved::{SavedFiles, SavedRecord},
     timeline::Timeline,
 };
@@ -119,6 +121,7 @@ pub(super) async fn restore(
     let begun = std::time::Instant::now();
     let images = plan.images.len();
     let (logs, of) = (context.logs.clone(), uid.to_owned());
+    let hook = after_restore(&record);
     let seeded = tokio::task::spawn_blocking(move || {
         let mut outputs = record.outputs.iter();
         outputs.try_for_each(|output| logs.begin_at(&of, &output.container, output.run, output.offset))
@@ -132,10 +135,12 @@ pub(super) async fn restore(
             mac: record.mac,
             plugged_bytes: record.plugged_bytes,
         },
+        hook,
     };
     let restored = context.sandboxes.restore(plan, origin, timeline.clone()).await;
     let sandbox = restored.map_err(|error| match error {
         RestoreError::Refused(message) => StepError::new(SNAPSHOT_REFUSED, message),
+        RestoreError::Hook(message) => StepError::new(AFTER_RESTORE_FAILED, message),
         RestoreError::Failed(message) => failed(message),
     })?;
     match survey(&sandbox, images).await {
@@ -149,6 +154,15 @@ pub(super) async fn restore(
             Err(failed(format!("{error}; {exit}")))
         }
     }
+}
+
+/// What a saved pod is to run where it goes on.
+fn after_restore(saved: &SavedRecord) -> Option<Hook> {
+    let spec = saved.pod.as_ref()?.pod.as_ref()?.spec.as_ref()?;
+    let hook = spec.snapshot_hooks.as_ref()?.after_restore.as_ref()?;
+    let output = saved.outputs.iter().find(|output| output.container == hook.container);
+    let run = output.map_or(0, |output| output.run);
+    Some(Hook::of(hook, guest_id(&hook.container, run)))
 }
 
 /// Has the guest mount the images of its disks; one that is mounted already stays so.

@@ -1,6 +1,6 @@
 //! What a pod must be like before anything is done for it. Everything wrong is named at once, each with its path.
 
-use std::{collections::HashSet, net::IpAddr};
+use std::{collections::HashSet, net::IpAddr, ops::RangeInclusive, time::Duration};
 
 use flint_api::host;
 
@@ -11,6 +11,7 @@ const MAX_CONTAINERS: usize = 16;
 const MIN_SCRATCH: u64 = 16 << 20;
 const MAX_SCRATCH: u64 = 16 << 40;
 const MIN_MEMORY_LIMIT: u64 = 4 << 20;
+const HOOK_TIMEOUTS: RangeInclusive<Duration> = Duration::from_millis(1)..=Duration::from_secs(600);
 
 /// One thing that is wrong.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -73,6 +74,7 @@ pub fn pod(meta: &host::PodMeta, spec: &host::PodSpec) -> Vec<Violation> {
         );
         check_container(container, &path, &volumes, &mut report);
     }
+    check_hooks(spec, &mut report);
     report.0
 }
 
@@ -149,6 +151,34 @@ fn check_spec(spec: &host::PodSpec, report: &mut Report) {
             right,
             format!("spec.security_context.sysctls[{name:?}]"),
             "must be a dotted kernel parameter",
+        );
+    }
+}
+
+fn check_hooks(spec: &host::PodSpec, report: &mut Report) {
+    let hooks = spec.snapshot_hooks.clone().unwrap_or_default();
+    for (name, hook) in [
+        ("before_snapshot", hooks.before_snapshot),
+        ("after_restore", hooks.after_restore),
+    ] {
+        let Some(hook) = hook else { continue };
+        let path = format!("spec.snapshot_hooks.{name}");
+        report.check(
+            spec.containers.iter().any(|container| container.name == hook.container),
+            format!("{path}.container"),
+            "must be a container of the pod",
+        );
+        report.check(
+            hook.command.first().is_some_and(|program| !program.is_empty())
+                && hook.command.iter().all(|word| !word.contains('\0')),
+            format!("{path}.command"),
+            "must name a program, without NUL",
+        );
+        let timeout: Option<Result<Duration, _>> = hook.timeout.map(TryInto::try_into);
+        report.check(
+            timeout.is_none_or(|timeout| timeout.is_ok_and(|timeout| HOOK_TIMEOUTS.contains(&timeout))),
+            format!("{path}.timeout"),
+            "must be 1 ms to 10 minutes",
         );
     }
 }

@@ -148,6 +148,7 @@ impl Sandboxes for MicroVms {
         let restored = self.manager.restore(spec, &origin, &timeline).await;
         let sandbox = restored.map_err(|error| match &error {
             sandbox::SandboxError::Snapshot(_) => RestoreError::Refused(chain(&error)),
+            sandbox::SandboxError::Hook(_) => RestoreError::Hook(chain(&error)),
             _ => RestoreError::Failed(chain(&error)),
         })?;
         Ok(Arc::new(MicroVm { sandbox, _images }))

@@ -47,7 +47,10 @@ use tonic::transport::Channel;
 
 pub use self::manager::{Config, Manager};
 pub(crate) use self::save::is_disk_full;
-use crate::{cgroup::CgroupError, network::NetworkError, probe::KvmError, process::SpawnError, scratch::ScratchError};
+use crate::{
+    cgroup::CgroupError, hook::HookError, network::NetworkError, probe::KvmError, process::SpawnError,
+    scratch::ScratchError,
+};
 
 /// What a sandbox is to be made of.
 #[derive(Clone, Debug)]
@@ -322,6 +325,9 @@ pub enum SandboxError {
     /// flint-init refused.
     #[error("the guest could not take its identity: {0}")]
     Identity(#[source] Box<tonic::Status>),
+    /// The pod's own program failed that was to make it ready for where it is.
+    #[error("the hook after the restore has failed")]
+    Hook(#[source] HookError),
     /// flint-init could not bring up the pod's vCPUs or memory.
     #[error("the guest could not take its size: {0}")]
     Size(#[source] Box<tonic::Status>),

@@ -10,7 +10,10 @@ use std::{
     sync::Arc,
 };
 
-use flint_api::vmm::{self, CreateMachine, error::Code, request::Command};
+use flint_api::{
+    guest::guest_client::GuestClient,
+    vmm::{self, CreateMachine, error::Code, request::Command},
+};
 
 use super::{
     DiskSource, DiskSpec, Sandbox, SandboxError, SandboxSpec, blocking,
@@ -120,11 +123,26 @@ impl Begun<'_> {
         let running = Running { control: shell.control };
         let vsock = self.folder.path("vsock.sock");
         let ready = running.adopt(self.end, &vsock, identity, self.timeline).await?;
+        self.run_hook(&ready).await?;
         if let Some(gate) = self.gate {
             self.means.network.open(gate)?;
         }
         mark_ready(self.folder)?;
         Ok(ready)
+    }
+
+    /// Has the pod put itself in order, behind the fence.
+    async fn run_hook(&self, ready: &Ready) -> Result<(), SandboxError> {
+        let Some(hook) = &self.origin.hook else {
+            return Ok(());
+        };
+        let stage = self.timeline.begin("guest.hook");
+        tokio::select! {
+            ran = hook.run(GuestClient::new(ready.channel.clone())) => ran.map_err(SandboxError::Hook)?,
+            _ = self.end.wait() => return Err(SandboxError::Died),
+        }
+        stage.end();
+        Ok(())
     }
 
     async fn plug(&self, address: Option<Ipv4Addr>) -> Result<Option<OwnedFd>, SandboxError> {

@@ -9,11 +9,13 @@ use serde_json::Value;
 use super::fields::{Field, Findings, Object};
 use super::{Manifest, Problem};
 use crate::host::{
-    Container, ContainerPort, Dns, EmptyDir, EnvVar, HostAlias, ImagePullPolicy, PodMeta, PodSecurityContext, PodSpec,
-    Resources, RestartPolicy, SecurityContext, Volume, VolumeMount, volume,
+    Container, ContainerPort, Dns, EmptyDir, EnvVar, Hook, HostAlias, ImagePullPolicy, PodMeta, PodSecurityContext,
+    PodSpec, Resources, RestartPolicy, SecurityContext, SnapshotHooks, Volume, VolumeMount, volume,
 };
 
 const NO_SCHEDULER: &str = "speaks to a scheduler; the pod is already on its host";
+const BEFORE_SNAPSHOT: &str = "flint.dev/before-snapshot";
+const AFTER_RESTORE: &str = "flint.dev/after-restore";
 const NO_CLUSTER: &str = "speaks to a cluster's control plane; there is none here";
 
 pub(super) fn map(document: Value) -> Result<Manifest, Vec<Problem>> {
@@ -25,10 +27,11 @@ pub(super) fn map(document: Value) -> Result<Manifest, Vec<Problem>> {
         .require("metadata", &mut findings)
         .map(|field| metadata(field, &mut findings))
         .unwrap_or_default();
-    let spec = root
+    let mut spec = root
         .require("spec", &mut findings)
         .map(|field| spec(field, &mut findings))
         .unwrap_or_default();
+    spec.snapshot_hooks = snapshot_hooks(&meta, &mut findings);
     root.without_effect(&["status"], "is written by the host", &mut findings);
     root.finish(&mut findings);
     if findings.problems.is_empty() {
@@ -40,6 +43,30 @@ pub(super) fn map(document: Value) -> Result<Manifest, Vec<Problem>> {
     } else {
         Err(findings.problems)
     }
+}
+
+/// Kubernetes has no field for them.
+fn snapshot_hooks(meta: &PodMeta, findings: &mut Findings) -> Option<SnapshotHooks> {
+    let mut hook = |name: &str| {
+        let text = meta.annotations.get(name)?;
+        let mut words = serde_json::from_str::<Vec<String>>(text).unwrap_or_default();
+        if words.len() < 2 {
+            let rule = "must be a JSON array of a container's name, a program and its arguments";
+            findings.invalid(&format!("metadata.annotations[{name}]"), format!("{text:?}: {rule}"));
+            return None;
+        }
+        let container = words.remove(0);
+        Some(Hook {
+            container,
+            command: words,
+            timeout: None,
+        })
+    };
+    let hooks = SnapshotHooks {
+        before_snapshot: hook(BEFORE_SNAPSHOT),
+        after_restore: hook(AFTER_RESTORE),
+    };
+    (hooks != SnapshotHooks::default()).then_some(hooks)
 }
 
 fn require_word(object: &mut Object, name: &str, word: &str, findings: &mut Findings) {
@@ -145,6 +172,7 @@ fn spec(field: Field, findings: &mut Findings) -> PodSpec {
             .take("securityContext")
             .map(|field| pod_security_context(field, findings)),
         scratch_bytes: 0,
+        snapshot_hooks: None,
     };
     accept_defaults(&mut object, findings);
     object.finish(findings);

@@ -40,6 +40,31 @@ fn a_small_pod_gets_kubernetes_defaults() {
 }
 
 #[test]
+fn hooks_around_a_snapshot_are_annotations() {
+    let with = |value: &str| {
+        SMALL.replace(
+            "{name: hello}",
+            &format!("{{name: hello, annotations: {{flint.dev/after-restore: '{value}'}}}}"),
+        )
+    };
+    let pods = pods_from_yaml(&with(r#"["main", "renew", "-a"]"#)).unwrap();
+    let hooks = pods[0].spec.snapshot_hooks.clone().unwrap();
+    let hook = hooks.after_restore.unwrap();
+    assert_eq!(
+        (hook.container.as_str(), &hook.command[..]),
+        ("main", &["renew".to_owned(), "-a".to_owned()][..])
+    );
+    assert_eq!((hooks.before_snapshot, hook.timeout), (None, None));
+    for wrong in ["renew", "[]", r#"["main"]"#, r#"["main", 1]"#] {
+        assert_eq!(
+            paths(&with(wrong)),
+            ["metadata.annotations[flint.dev/after-restore]"],
+            "{wrong}"
+        );
+    }
+}
+
+#[test]
 fn an_image_without_a_tag_or_latest_is_always_pulled() {
     for (image, policy) in [
         ("a", ImagePullPolicy::PullAlways),

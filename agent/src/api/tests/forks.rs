@@ -6,7 +6,12 @@ use tonic::{Code, Status};
 use super::{Flintd, pod, reason};
 
 impl Flintd {
-    async fn apply_from(&self, snapshot: &str, uid: &str, spec: Option<host::PodSpec>) -> Result<host::Pod, Status> {
+    pub(super) async fn apply_from(
+        &self,
+        snapshot: &str,
+        uid: &str,
+        spec: Option<host::PodSpec>,
+    ) -> Result<host::Pod, Status> {
         let request = host::ApplyPodRequest {
             meta: Some(named(uid)),
             spec,
@@ -17,7 +22,7 @@ impl Flintd {
         Ok(applied.pod.unwrap())
     }
 
-    async fn fork(&self, names: &[&str]) -> Result<Vec<host::Pod>, Status> {
+    pub(super) async fn fork(&self, names: &[&str]) -> Result<Vec<host::Pod>, Status> {
         let request = host::ForkPodRequest {
             uid: "a".into(),
             forks: names.iter().map(|name| named(name)).collect(),
@@ -40,7 +45,7 @@ fn named(uid: &str) -> host::PodMeta {
     }
 }
 
-fn runs(status: &host::PodStatus) -> bool {
+pub(super) fn runs(status: &host::PodStatus) -> bool {
     matches!(status.containers[0].state, Some(State::Running(_)))
 }
 

@@ -1,6 +1,7 @@
 //! The host API over a real unix socket, with scripted sandboxes.
 
 mod forks;
+mod hooks;
 mod pause;
 mod registry;
 mod scripted;

@@ -8,7 +8,7 @@ use super::{Flintd, pod, reason};
 const SIGQUIT: u32 = 3;
 
 impl Flintd {
-    async fn pause(&self, uid: &str) -> Result<host::Pod, Status> {
+    pub(super) async fn pause(&self, uid: &str) -> Result<host::Pod, Status> {
         let request = host::PausePodRequest {
             uid: uid.into(),
             ..Default::default()
@@ -17,7 +17,7 @@ impl Flintd {
         Ok(paused.pod.unwrap())
     }
 
-    async fn resume(&self, uid: &str) -> Result<host::Pod, Status> {
+    pub(super) async fn resume(&self, uid: &str) -> Result<host::Pod, Status> {
         let request = host::ResumePodRequest {
             uid: uid.into(),
             ..Default::default()

@@ -46,6 +46,9 @@ struct Container {
     exit: Option<guest::ContainerExit>,
 }
 
+/// Containers and programs that were run in them.
+type Executed = Vec<(String, Vec<String>)>;
+
 /// The guest: a table of containers that tests reach into.
 #[derive(Clone, Debug, Default)]
 pub(super) struct ScriptedGuest {
@@ -55,6 +58,7 @@ pub(super) struct ScriptedGuest {
     /// Whether it stands still: a call waits for it to go on.
     paused: Arc<watch::Sender<bool>>,
     save_error: Arc<Mutex<Option<SaveError>>>,
+    pub(super) executed: Arc<watch::Sender<Executed>>,
     restless: Arc<AtomicBool>,
     signals: Arc<Mutex<Vec<u32>>>,
     failures: Arc<AtomicU32>,
@@ -308,17 +312,35 @@ impl Guest for ScriptedGuest {
         use guest::{exec_request::Frame, exec_response::Frame as Answer};
         let mut frames = request.into_inner();
         let (out, answers) = mpsc::channel(4);
+        let executed = self.executed.clone();
         tokio::spawn(async move {
-            let mut exit_code = 0;
+            let (mut exit_code, mut hangs) = (0, false);
             while let Ok(Some(message)) = frames.message().await {
                 let answer = match message.frame {
                     Some(Frame::Stdin(bytes)) => {
                         exit_code += u32::try_from(bytes.len()).unwrap();
                         Answer::Stdout(bytes)
                     }
+                    Some(Frame::Start(start)) => {
+                        let args = start.process.unwrap().args;
+                        // `exit CODE WORDS` does so; `hang` ends when it is killed.
+                        hangs = args[0] == "hang";
+                        let fails = args[0] == "exit";
+                        let words = args.get(2).cloned().unwrap_or_default();
+                        if fails {
+                            exit_code = args[1].parse().unwrap();
+                        }
+                        executed.send_modify(|all| all.push((start.container_id, args)));
+                        if !fails {
+                            continue;
+                        }
+                        Answer::Stderr(words.into_bytes())
+                    }
+                    Some(Frame::StdinEof(_)) if hangs => continue,
                     Some(Frame::StdinEof(_)) => break,
                     Some(Frame::Signal(signal)) => {
                         exit_code = 128 + signal;
+                        executed.send_modify(|all| all.push(("killed".into(), Vec::new())));
                         break;
                     }
                     _ => continue,
@@ -433,7 +455,12 @@ impl Sandboxes for ScriptedSandboxes {
         (&origin.files.memory).read_to_string(&mut memory).unwrap();
         assert_eq!(memory, "memory");
         self.plans.lock().unwrap().push(plan);
-        Ok(self.connect().await)
+        let sandbox = self.connect().await;
+        if let Some(hook) = origin.hook {
+            let ran = hook.run(sandbox.guest()).await;
+            ran.map_err(|error| RestoreError::Hook(error.to_string()))?;
+        }
+        Ok(sandbox)
     }
     async fn take_over(&self, _: &str) -> Result<TakeOver, SandboxError> {
         let end = self.guest.end.borrow().clone();

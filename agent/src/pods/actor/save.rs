@@ -19,6 +19,7 @@ use super::{
 };
 use crate::{
     backend::{Sandbox, SandboxError, SaveError, SavedMachine, Stopped},
+    hook::Hook,
     logs::Logs,
     saved::{Draft, SavedFiles, SavedOutput, SavedRecord},
 };
@@ -30,6 +31,7 @@ struct Job {
     /// Each container's present run.
     runs: Vec<(String, u32)>,
     sandbox: Arc<dyn Sandbox>,
+    hook: Option<Hook>,
     draft: Draft,
     record: PodRecord,
     disks: Vec<String>,
@@ -48,6 +50,7 @@ impl Actor {
                     logs: self.context.logs.clone(),
                     runs: self.present_runs(),
                     sandbox: sandbox.clone(),
+                    hook: self.before_snapshot(),
                     draft,
                     record: self.record.clone(),
                     disks: self.disks.clone(),
@@ -63,6 +66,13 @@ impl Actor {
             _ => PodError::NotUp(self.uid.clone()),
         };
         let _ = reply.send(Err(refusal));
+    }
+
+    fn before_snapshot(&self) -> Option<Hook> {
+        let hook = self.spec.snapshot_hooks.as_ref()?.before_snapshot.as_ref()?;
+        let mut containers = self.spec.containers.iter();
+        let container = containers.position(|container| container.name == hook.container)?;
+        Some(Hook::of(hook, self.guest_id(container)?))
     }
 
     fn present_runs(&self) -> Vec<(String, u32)> {
@@ -100,8 +110,18 @@ impl Job {
     async fn stand_and_save(&self, files: &Arc<SavedFiles>) -> Result<Stood, PodError> {
         let pausing = |error: SandboxError| failed(&self.uid, "pausing it", &error.to_string());
         if self.sandbox.is_paused().await.map_err(pausing)? {
+            if self.hook.is_some() {
+                return Err(PodError::Paused(self.uid.clone()));
+            }
             let (machine, outputs, _) = self.save(files).await?;
             return Ok((machine, outputs, Duration::ZERO));
+        }
+        if let Some(hook) = &self.hook {
+            let ran = hook.run(self.sandbox.guest()).await;
+            ran.map_err(|source| PodError::Hook {
+                uid: self.uid.clone(),
+                source,
+            })?;
         }
         let saved = self.save(files).await;
         if let Err(error) = self.sandbox.resume().await {
