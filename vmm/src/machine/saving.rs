@@ -136,6 +136,7 @@ impl Live {
     }
 
     fn save_stopped(&mut self, machine: &Machine) -> Result<(), Error> {
+        let state = machine.take(self.save.id)?;
         let stale = self.stale.or(&machine.take_log()?);
         let wanted = self.save.pages(machine, &machine.plugged()?)?;
         let again = self.copied.and(&stale).and(&wanted);
@@ -145,7 +146,7 @@ impl Live {
         self.save.memory.remove(&given_back).map_err(memory::Error::File)?;
         self.report.written += written;
         self.report.written_paused = written;
-        self.save.finish(machine, wanted, None)
+        self.save.finish(state, wanted, None)
     }
 
     fn copy(&mut self, machine: &Machine, pages: &Pages, over: Over) -> Result<u64, Error> {

@@ -155,8 +155,7 @@ impl Save {
     }
 
     /// Makes the two files a snapshot: `pages` are in the memory file.
-    pub(super) fn finish(&self, machine: &Machine, pages: Pages, time: Option<&Time>) -> Result<(), Error> {
-        let mut snapshot = machine.take(self.id)?;
+    pub(super) fn finish(&self, mut snapshot: Snapshot, pages: Pages, time: Option<&Time>) -> Result<(), Error> {
         if let Some(time) = time {
             snapshot.clock = time.clock;
             for (vcpu, time) in snapshot.vcpus.iter_mut().zip(&time.vcpus) {
@@ -198,10 +197,12 @@ impl Machine {
     }
 
     fn save_all(&self, save: &mut Save, time: Option<&Time>) -> Result<Report, Error> {
+        // First, because its clocks go on: what copying takes is not to pass for the guest.
+        let state = self.take(save.id)?;
         let pages = save.pages(self, &self.plugged()?)?;
         let written = save.memory.copy(&self.memory, &pages, Over::Holes);
         let written = written.map_err(memory::Error::File)?;
-        save.finish(self, pages, time)?;
+        save.finish(state, pages, time)?;
         Ok(Report {
             id: save.id,
             written,
@@ -260,7 +261,7 @@ impl Machine {
             .collect())
     }
 
-    fn take(&self, id: [u8; 16]) -> Result<Snapshot, Error> {
+    pub(super) fn take(&self, id: [u8; 16]) -> Result<Snapshot, Error> {
         let vcpus = self.vcpus.iter().map(|vcpu| vcpu.save(self.host.msrs()));
         let vcpus = vcpus.collect::<Result<Vec<Box<VcpuState>>, _>>()?;
         let names = self.devices().map(|device| device.name().to_owned());
