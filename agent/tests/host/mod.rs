@@ -8,6 +8,7 @@
 //! | `FLINT_BIN` | folder of `flintd`, `flint`, `flint-vmm` |
 //! | `FLINT_KERNEL`, `FLINT_INITRD` | the guest's kernel and initrd |
 //! | `FLINT_TEST_REGISTRY` | `address:port` of a registry that has the test images |
+//! | `FLINT_TEST_DRAWS` | a program that draws random numbers (guest-init/examples) |
 
 // Each test binary uses its own part of this; a harness that cannot go on fails its test.
 #![allow(dead_code, clippy::expect_used, clippy::unwrap_used)]
@@ -50,6 +51,8 @@ pub struct Host {
     disk: Option<PathBuf>,
     /// How many clones flintd keeps parked.
     pool: usize,
+    /// More of flintd's arguments.
+    more: Vec<String>,
     /// Name of flintd's cgroup.
     cgroup: &'static str,
     /// A network namespace of its own.
@@ -97,6 +100,15 @@ impl Host {
         host
     }
 
+    /// The same, with more arguments; the folder is the host's.
+    pub fn with_pool_and(pool: usize, more: impl FnOnce(&Path) -> Vec<String>) -> Self {
+        let mut host = Self::new(pool);
+        host.more = more(host.dir.path());
+        host.start_daemon();
+        host.wait_pool_full(1);
+        host
+    }
+
     fn start_with_pool(pool: usize) -> Self {
         let mut host = Self::new(pool);
         host.start_daemon();
@@ -124,6 +136,7 @@ impl Host {
             daemon: None,
             disk: None,
             pool,
+            more: Vec::new(),
             cgroup: "flint",
             network: None,
             before,
@@ -152,6 +165,7 @@ impl Host {
             .args(["--pod-scratch", "96"])
             .args(["--pool", &self.pool.to_string()])
             .args(["--cgroup", self.cgroup])
+            .args(&self.more)
             .env("FLINT_VMM", bin("flint-vmm"))
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
@@ -188,6 +202,13 @@ impl Host {
     pub fn wait_for_path(&self, path: &Path) {
         let folder = path.parent().expect("it is in a folder");
         self.wait_for_change(folder, AddWatchFlags::IN_CREATE, || path.exists());
+    }
+
+    /// Waits until a parked clone has become a pod's.
+    pub fn wait_for_sandbox(&self) {
+        let folder = self.path("run/sandboxes");
+        let claimed = || names_in(&folder).any(|name| !name.starts_with("parked-"));
+        self.wait_for_change(&folder, AddWatchFlags::IN_MOVED_TO, claimed);
     }
 
     fn wait_for_change(&self, path: &Path, change: AddWatchFlags, done: impl Fn() -> bool) {
@@ -580,6 +601,6 @@ pub fn busybox() -> String {
     image("busybox:1")
 }
 
-fn variable(name: &str) -> String {
+pub fn variable(name: &str) -> String {
     std::env::var(name).unwrap_or_else(|_| panic!("{name} is not set: run these tests by `hack/test system`"))
 }
