@@ -134,6 +134,14 @@ pub struct Options {
     /// fleet have.
     #[arg(long, env = "FLINT_CPU_LEVEL", value_enum, default_value_t = CpuLevel::Host, value_name = "LEVEL")]
     pub cpu_level: CpuLevel,
+    /// How long the guest of a clone or a fork may take until it has noticed that it is another machine; one that has not is ended. In
+    /// seconds.
+    #[arg(long, env = "FLINT_WAKE_TIMEOUT", default_value_t = 60, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..=3600))]
+    pub wake_timeout: u64,
+    /// A pod whose containers have used next to no CPU for so long gives the memory of files back that it has not read again; 0: it
+    /// keeps that memory. In seconds.
+    #[arg(long, env = "FLINT_IDLE_RECLAIM", default_value_t = 60, value_name = "SECONDS")]
+    pub idle_reclaim: u32,
     /// Thousandths of a CPU that pods may not ask for.
     #[arg(long, env = "FLINT_RESERVE_CPU", default_value_t = 0, value_name = "MILLI")]
     pub reserve_cpu: u64,
@@ -319,6 +327,8 @@ fn sandboxes(options: &Options, info: &HostInfo, pool_metrics: PoolMetrics) -> C
         Some(options.initrd.clone()),
     );
     config.cgroup.clone_from(&options.cgroup);
+    config.wake_timeout = Duration::from_secs(options.wake_timeout);
+    config.idle_reclaim = Duration::from_secs(options.idle_reclaim.into());
     config.pool = pool::Config {
         size: options.pool,
         // Room that no pod can use would cost each parked clone all the same.

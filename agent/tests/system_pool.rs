@@ -11,9 +11,12 @@ mod host;
 
 use std::{
     collections::{HashMap, HashSet},
+    fs::File,
     io::{Read as _, Write as _},
     net::{Ipv4Addr, TcpStream},
     os::fd::{AsRawFd as _, OwnedFd},
+    path::{Path, PathBuf},
+    process::Command,
     thread,
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
@@ -243,6 +246,46 @@ fn no_clone_sends_a_frame_under_another_identity_than_its_own() {
         );
         assert!(senders.iter().all(own), "{name} is {mac} {address}: {senders:?}");
     }
+}
+
+/// Makes a kernel whose driver of VMGenID finds no device, since it looks for other names (Linux' drivers/virt/vmgenid.c).
+fn kernel_that_does_not_notice(folder: &Path) -> PathBuf {
+    let kernel = folder.join("vmlinux");
+    let line = "export LC_ALL=C; grep -q VMGENCTR $FLINT_KERNEL && sed 's/VMGENCTR/NOGENCTR/g; s/VM_GEN_COUNTER/NO_GEN_COUNTER/g' $FLINT_KERNEL";
+    let made = Command::new("sh")
+        .args(["-c", line])
+        .stdout(File::create(&kernel).unwrap())
+        .status();
+    assert!(made.unwrap().success(), "the kernel has no driver of VMGenID at all");
+    kernel
+}
+
+#[test]
+fn a_clone_whose_kernel_does_not_take_up_its_generation_is_never_ready_and_its_network_stays_shut() {
+    let host = Host::with_pool_and(1, |folder| {
+        let kernel = kernel_that_does_not_notice(folder);
+        vec![format!("--kernel={}", kernel.display()), "--wake-timeout=10".to_owned()]
+    });
+
+    let done = thread::scope(|scope| {
+        let run = scope.spawn(|| host.flint(["run", "--name", "unaware", &busybox(), "--", "echo", "it has run"]));
+        // It has been claimed, and runs.
+        host.wait_for_sandbox();
+        let guard = Command::new("nft")
+            .args(["list", "set", "bridge", "flint", "sources"])
+            .output()
+            .unwrap();
+        let guard = String::from_utf8(guard.stdout).unwrap();
+        assert!(guard.contains("sources") && !guard.contains("elements"), "{guard}");
+        run.join().unwrap()
+    });
+
+    println!("{done:?}");
+    assert_eq!((done.code, done.stdout.as_str()), (125, ""), "{done:?}");
+    assert!(
+        done.stderr.contains("not noticed") && done.stderr.contains("VMGenID"),
+        "{done:?}"
+    );
 }
 
 /// Tells the time to whoever sends a byte. Debian's python3-minimal has no more than `_socket`.

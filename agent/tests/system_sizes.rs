@@ -116,13 +116,47 @@ fn assert_gives_back(host: &Host, pod: &str) {
     }
 }
 
+/// Memory of the largest of a host's VMMs that is in use, guest included.
+fn resident(host: &Host) -> u64 {
+    let of = |pid| fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).unwrap_or_default();
+    let kib = |text: String| {
+        let line = text.lines().find_map(|line| line.strip_prefix("Rss:"))?;
+        line.trim().trim_end_matches(" kB").parse::<u64>().ok()
+    };
+    let all = host.vmms().into_iter().filter_map(|pid| kib(of(pid)));
+    all.max().expect("there is one") << 10
+}
+
+/// Writes a file, which stays in the guest's memory as one that was read does, and waits until the host has that again.
+fn assert_gives_files_back(host: &Host, pod: &str) {
+    const FILE: u64 = 80 * MIB;
+    const REST: u64 = FILE / 4;
+    let before = resident(host);
+    let line = "dd if=/dev/zero of=/file bs=1M count=80 2>/dev/null && sync";
+    host.ok(["exec", pod, "--", "sh", "-c", line]);
+    let used = resident(host);
+    assert!(used >= before + FILE - REST, "{before} {used}");
+    let end = Instant::now() + LIMIT;
+    while resident(host) > before + REST {
+        assert!(Instant::now() < end, "{before} {used} {}", resident(host));
+        thread::sleep(Duration::from_millis(200));
+    }
+    println!(
+        "resident before: {before}, with the file: {used}, idle: {}",
+        resident(host)
+    );
+    let same = host.flint(["exec", pod, "--", "sh", "-c", "[ $(wc -c </file) = 83886080 ]"]);
+    assert_eq!(same.code, 0, "{same:?}");
+}
+
 #[test]
-fn a_clone_gives_back_memory_that_it_has_freed() {
-    let host = Host::with_pool(1);
+fn a_clone_gives_back_memory_that_it_has_freed_and_when_it_is_idle_that_of_files() {
+    let host = Host::with_pool_and(1, |_| vec!["--idle-reclaim=4".to_owned()]);
     host.start_pod("clone", "sleep 1000", LARGE);
     host.wait_pool_full(2);
     assert!(is_clone(&host, "clone"), "{}", host.daemon_log());
     assert_gives_back(&host, "clone");
+    assert_gives_files_back(&host, "clone");
 }
 
 #[test]

@@ -106,7 +106,8 @@ impl Cgroup {
     }
 }
 
-fn keyed_value(text: &str, key: &str) -> Option<u64> {
+/// One value of a flat-keyed text.
+pub fn keyed_value(text: &str, key: &str) -> Option<u64> {
     text.lines()
         .find_map(|line| line.strip_prefix(key)?.strip_prefix(' ')?.trim().parse().ok())
 }

@@ -17,6 +17,7 @@ mod container;
 mod error_chain;
 mod exec;
 mod identity;
+mod idle;
 mod kernel_log;
 mod output;
 mod paths;

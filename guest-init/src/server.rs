@@ -20,7 +20,10 @@ use flint_api::guest::{
     StatsResponse, WaitContainerRequest, WriteInputResponse, guest_server::Guest,
 };
 use futures::{FutureExt, Stream};
-use tokio::sync::{Mutex, Notify, mpsc};
+use tokio::{
+    sync::{Mutex, Notify, mpsc},
+    task::AbortHandle,
+};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
@@ -28,6 +31,7 @@ use crate::{
     container::{Container, Containers, State, nanoseconds},
     exec,
     identity::{self, Generation},
+    idle,
     output::{self, BadOffset},
     paths::Name,
     resources, stats,
@@ -65,12 +69,22 @@ struct Parts {
     /// How often it had when it adopted its identity; [`NEVER`] before.
     adopted_at: AtomicU64,
     resizing: Mutex<()>,
+    /// Gives memory back while the containers are idle.
+    idle: Mutex<Option<AbortHandle>>,
     power_off: Arc<Notify>,
 }
 
 impl Parts {
     fn has_identity(&self) -> bool {
         self.adopted_at.load(Ordering::Relaxed) == self.rebirths.load(Ordering::Relaxed)
+    }
+
+    /// From now on, instead of what was before.
+    async fn watch_idleness(&self, period: Duration) {
+        let watch = (!period.is_zero()).then(|| tokio::spawn(idle::watch(period)).abort_handle());
+        if let Some(former) = std::mem::replace(&mut *self.idle.lock().await, watch) {
+            former.abort();
+        }
     }
 }
 
@@ -85,6 +99,7 @@ impl GuestService {
             rebirths: AtomicU64::new(0),
             adopted_at: AtomicU64::new(NEVER),
             resizing: Mutex::new(()),
+            idle: Mutex::default(),
             power_off,
         }))
     }
@@ -145,6 +160,9 @@ impl Guest for GuestService {
                     "this machine was restored while it adopted an identity: adopt one anew",
                 ));
             }
+            parts
+                .watch_idleness(Duration::from_millis(request.idle_reclaim_ms))
+                .await;
             *last = generation;
             parts.adopted_at.store(rebirths, Ordering::Relaxed);
             Ok(AdoptIdentityResponse {

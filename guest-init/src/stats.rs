@@ -23,6 +23,14 @@ pub fn memory_total() -> u64 {
     kibibytes(&fs::read_to_string("/proc/meminfo").unwrap_or_default(), "MemTotal:")
 }
 
+/// Bytes of files in memory that the kernel would reclaim first.
+pub fn inactive_files() -> u64 {
+    kibibytes(
+        &fs::read_to_string("/proc/meminfo").unwrap_or_default(),
+        "Inactive(file):",
+    )
+}
+
 fn of(container: &Container) -> ContainerStats {
     let number = |file| container.cgroup.number(file).unwrap_or(0);
     ContainerStats {

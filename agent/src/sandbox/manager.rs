@@ -58,6 +58,10 @@ pub struct Config {
     pub network: network::Config,
     /// How long a guest may take from its first instruction to its first call.
     pub boot_timeout: Duration,
+    /// How long a clone's guest may take from its first instruction to the call by which it says that it is another machine now.
+    pub wake_timeout: Duration,
+    /// Guests whose containers have been idle for so long give the memory of files back that they do not use; zero: they keep it.
+    pub idle_reclaim: Duration,
     /// What guests are told of the processor: the less that is, the more hosts can run their snapshots.
     pub cpu_level: CpuLevel,
     /// Clones that are parked ahead of need.
@@ -79,6 +83,8 @@ impl Config {
             cgroup: "flint".into(),
             network: network::Config::default(),
             boot_timeout: Duration::from_secs(120),
+            wake_timeout: Duration::from_secs(60),
+            idle_reclaim: Duration::ZERO,
             cpu_level: CpuLevel::Host,
             pool: pool::Config::default(),
         }
@@ -254,7 +260,11 @@ impl Manager {
             net,
         };
         let interfaces = address.map(|address| means.interface(address, &[]));
-        let identity = identity_of(&spec.identity, interfaces.into_iter().collect())?;
+        let identity = identity_of(
+            &spec.identity,
+            interfaces.into_iter().collect(),
+            means.config.idle_reclaim,
+        )?;
         let claimed = shell.claim(parts, timeline).await?;
         let running = claimed.boot(end, means.config.boot_timeout, timeline).await?;
         let ready = running

@@ -246,6 +246,14 @@ pub enum SandboxError {
         #[source]
         source: pool::TemplateError,
     },
+    /// There is no template yet, or never will be.
+    #[error(
+        "this host has no template: its pool is off (--pool 0), or its first guest has not come up yet; flintd's log says more"
+    )]
+    NoTemplate,
+    /// Another host's template is not for this one.
+    #[error("this host cannot use the template: {0}")]
+    ForeignTemplate(String),
     /// A snapshot cannot be run on this host.
     #[error("this host cannot run the snapshot: {0}")]
     Snapshot(String),
@@ -316,6 +324,11 @@ pub enum SandboxError {
         "the guest has not dialled within {0:?}: see serial.log; is the kernel one for flint, and the initrd flint-init's?"
     )]
     BootTimeout(Duration),
+    /// A clone has not said that it is another machine than the one that it was cloned from. Its random numbers may be that one's.
+    #[error(
+        "the guest has not noticed within {0:?} that it is a clone, and may still draw the random numbers of the machine that it was cloned from: its network stays closed; does its kernel have the driver of VMGenID (CONFIG_VMGENID)?"
+    )]
+    WakeTimeout(Duration),
     /// flint-init could not be reached.
     #[error("could not connect to flint-init in the guest")]
     Connect(#[source] tonic::transport::Error),

@@ -21,7 +21,7 @@ use super::{
     intent::Folder,
     manager::{Manager, checked},
     means::{Means, Wish, image_names},
-    shell::{DiskFds, GUEST_CID, Ready, Running, Shell, ShellPlan, bind_disk, dialled, identity_of, mark_ready},
+    shell::{DiskFds, GUEST_CID, Ready, Running, Shell, ShellPlan, awoken, bind_disk, identity_of, mark_ready},
     supervisor::{Attach, End, explain, supervise},
 };
 use crate::{
@@ -114,12 +114,16 @@ impl Begun<'_> {
 
         let stage = self.timeline.begin("guest.wake");
         self.claim(&shell, &disks, tap.as_ref()).await?;
-        dialled(self.end, self.means.config.boot_timeout).await?;
+        awoken(self.end, self.means.config.wake_timeout).await?;
         stage.end();
 
         let mac = &self.origin.machine.mac;
         let interfaces = address.map(|address| self.means.interface(address, mac));
-        let identity = identity_of(&self.spec.identity, interfaces.into_iter().collect())?;
+        let identity = identity_of(
+            &self.spec.identity,
+            interfaces.into_iter().collect(),
+            self.means.config.idle_reclaim,
+        )?;
         let running = Running { control: shell.control };
         let vsock = self.folder.path("vsock.sock");
         let ready = running.adopt(self.end, &vsock, identity, self.timeline).await?;

@@ -203,10 +203,21 @@ pub(super) async fn load_kernel(
 
 /// Waits until flint-init has dialled.
 pub(super) async fn dialled(end: &End, limit: Duration) -> Result<(), SandboxError> {
+    let late = || SandboxError::BootTimeout(limit);
+    dialled_within(end, limit).await?.then_some(()).ok_or_else(late)
+}
+
+/// Waits until a clone's flint-init has dialled, which it does when its kernel has taken up another generation id.
+pub(super) async fn awoken(end: &End, limit: Duration) -> Result<(), SandboxError> {
+    let late = || SandboxError::WakeTimeout(limit);
+    dialled_within(end, limit).await?.then_some(()).ok_or_else(late)
+}
+
+async fn dialled_within(end: &End, limit: Duration) -> Result<bool, SandboxError> {
     match tokio::time::timeout(limit, end.dialled()).await {
-        Ok(true) => Ok(()),
+        Ok(true) => Ok(true),
         Ok(false) => Err(SandboxError::Died),
-        Err(_) => Err(SandboxError::BootTimeout(limit)),
+        Err(_) => Ok(false),
     }
 }
 
@@ -371,6 +382,7 @@ pub(super) fn bind_disk<'a>(slot: u32, spec: &DiskSpec, fds: &'a DiskFds) -> (vm
 pub(super) fn identity_of(
     identity: &Identity,
     interfaces: Vec<guest::Interface>,
+    idle_reclaim: Duration,
 ) -> Result<guest::AdoptIdentityRequest, SandboxError> {
     let random: [u8; 32 + ENTROPY_BYTES] = random()?;
     let (machine_id, rest) = random.split_at(16);
@@ -386,6 +398,7 @@ pub(super) fn identity_of(
         host_aliases: identity.aliases.clone(),
         sysctls: identity.sysctls.clone(),
         generation: generation.to_vec(),
+        idle_reclaim_ms: u64::try_from(idle_reclaim.as_millis()).unwrap_or(u64::MAX),
     })
 }
 
@@ -419,7 +432,7 @@ mod tests {
     fn no_two_of_a_thousand_identities_have_anything_in_common() {
         let mut given = HashSet::new();
         for number in 0..1000 {
-            let identity = identity_of(&Identity::default(), Vec::new()).unwrap();
+            let identity = identity_of(&Identity::default(), Vec::new(), Duration::ZERO).unwrap();
             let (entropy, machine) = (identity.entropy, identity.machine_id);
             assert_eq!(
                 (entropy.len(), machine.len(), identity.generation.len()),

@@ -4,7 +4,7 @@
 //! open. Everything with a name on this host is made before, or after it while the guest wakes up.
 
 use std::{
-    os::fd::{AsFd, OwnedFd},
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
     sync::Arc,
 };
 
@@ -26,7 +26,7 @@ use crate::{
         control::{Control, ControlError},
         intent::{Folder, Intent},
         means::{Means, Wish, image_names},
-        shell::{DiskFds, Ready, Running, Shell, bind_disk, dialled, identity_of, mark_ready, random},
+        shell::{DiskFds, Ready, Running, Shell, awoken, bind_disk, identity_of, mark_ready, random},
         supervisor::{End, explain, supervise},
     },
     timeline::Timeline,
@@ -128,7 +128,11 @@ impl Parked {
                 async { Ok(means.network.plug_fenced(address).await?) },
                 means.make_scratch(shared.shape.scratch_bytes),
             )?;
-            load(&shell, shared.shape.machine(mac_of(address)), template).await?;
+            let loaded = load(&shell, shared.shape.machine(mac_of(address)), template.files()).await;
+            loaded.map_err(|failure| match failure {
+                LoadFailure::Refused(line) => template.error(TemplateError::Refused(line)),
+                LoadFailure::Other(error) => error,
+            })?;
             Ok((shell.control, tap, scratch))
         };
         match parts.await {
@@ -221,26 +225,41 @@ impl Parked {
     }
 }
 
+/// A template was not loaded.
+pub(super) enum LoadFailure {
+    /// It is not for this host, or none at all, says the VMM.
+    Refused(String),
+    /// Which is not the template's fault.
+    Other(SandboxError),
+}
+
+impl From<ControlError> for LoadFailure {
+    fn from(error: ControlError) -> Self {
+        match error {
+            ControlError::Refused {
+                code: Code::Resource | Code::Unsupported | Code::Invalid,
+                message,
+            } => Self::Refused(message),
+            other => Self::Other(other.into()),
+        }
+    }
+}
+
 /// Makes a shell a parked machine.
-async fn load(shell: &Shell, machine: vmm::CreateMachine, template: &Template) -> Result<(), SandboxError> {
-    let machine = Some(machine);
+pub(super) async fn load(
+    shell: &Shell,
+    machine: vmm::CreateMachine,
+    files: [BorrowedFd<'_>; 2],
+) -> Result<(), LoadFailure> {
     let reserve = Command::ReserveMachine(vmm::ReserveMachine {
-        machine,
+        machine: Some(machine),
         ..Default::default()
     });
-    shell.control.command(reserve, &[]).await?;
-    let loaded = shell
-        .control
-        .command(Command::LoadSnapshot(vmm::LoadSnapshot::default()), &template.files())
-        .await;
-    loaded.map_err(|error| match error {
-        ControlError::Refused {
-            code: Code::Resource | Code::Unsupported | Code::Invalid,
-            message,
-        } => template.error(TemplateError::Refused(message)),
-        other => other.into(),
-    })?;
-    shell.bind_host().await
+    let reserved = shell.control.command(reserve, &[]).await;
+    reserved.map_err(|error| LoadFailure::Other(error.into()))?;
+    let load = Command::LoadSnapshot(vmm::LoadSnapshot::default());
+    shell.control.command(load, &files).await?;
+    shell.bind_host().await.map_err(LoadFailure::Other)
 }
 
 impl Claimed {
@@ -266,13 +285,13 @@ impl Claimed {
         let stage = timeline.begin("guest.wake");
         // While the guest wakes up.
         folder.hand_over(&means.sandboxes, &self.intent(spec))?;
-        dialled(end, means.config.boot_timeout).await?;
+        awoken(end, means.config.wake_timeout).await?;
         stage.end();
         if let Some(growth) = &self.growth {
             growth.begin(end, &self.body.control).await?;
         }
         let interface = means.interface(gate.address(), &PLACEHOLDER_MAC);
-        let identity = identity_of(&spec.identity, vec![interface])?;
+        let identity = identity_of(&spec.identity, vec![interface], means.config.idle_reclaim)?;
         let running = Running {
             control: self.body.control.clone(),
         };
