@@ -47,7 +47,7 @@ use crate::{
     },
     saved::{SavedError, SavedPods},
     store::{Store, StoreError},
-    travel::Mover,
+    travel::{Mover, TemplateMover},
 };
 
 const MIB: u64 = 1 << 20;
@@ -281,7 +281,7 @@ pub async fn run(options: Options) -> Result<JoinHandle<()>, DaemonError> {
         Journal::start(store, &loaded).map_err(|error| DaemonError::Process("start a thread", error))?;
     let control = Arc::new(HostControl::new(journal.clone(), loaded.host.clone()));
     let allocatable = info.allocatable.unwrap_or_default();
-    let drain_pool = manager.pool().drainer();
+    let (drain_pool, templates) = (manager.pool().drainer(), manager.templates());
     let machines = images.machines();
     let context = Arc::new(Context {
         sandboxes: Arc::new(MicroVms::new(manager, images.clone())),
@@ -299,6 +299,7 @@ pub async fn run(options: Options) -> Result<JoinHandle<()>, DaemonError> {
         saved: SavedPods::open(&options.state_dir.join("snapshots"), options.max_snapshots)?,
         host_changed: watch::Sender::new(0),
     });
+    let templates = TemplateMover::new(Some(templates), machines.clone());
     let mover = Mover::new(context.saved.clone(), context.images.clone(), machines).await;
     let mover = mover.map_err(|error| DaemonError::Chunks(Box::new(error)))?;
     let pods = Pods::start(context, loaded).await;
@@ -306,6 +307,7 @@ pub async fn run(options: Options) -> Result<JoinHandle<()>, DaemonError> {
         pods: pods.clone(),
         control,
         mover,
+        templates,
         info: Arc::new(info),
     }
     .routes()

@@ -7,7 +7,8 @@ mod trace;
 
 use std::{
     collections::HashSet,
-    fs,
+    fs::{self, File},
+    io::{Read as _, Write as _},
     net::Ipv4Addr,
     os::{fd::OwnedFd, unix::fs::FileExt},
     path::{Path, PathBuf},
@@ -15,6 +16,7 @@ use std::{
     time::Duration,
 };
 
+use flint_vmm::snapshot::Snapshot;
 use flintd::{
     sandbox::{Config, DiskSource, DiskSpec, Manager, SandboxError, SandboxSpec, pool},
     timeline::Timeline,
@@ -23,90 +25,14 @@ use nix::{
     mount::{MntFlags, MsFlags, mount, umount2},
     sys::signal::Signal,
 };
-use sandbox::{Host, LIMIT, as_daemon, ask, guest, on_a_host, signal, spec, wait_for, wait_there};
+use sandbox::{Host, LIMIT, as_daemon, ask, dialler::dialler, on_a_host, signal, spec, wait_for, wait_there};
 
 const MEMORY: u64 = 32 << 20;
 const VCPUS: u32 = 4;
 const LARGEST: u64 = 4 << 30;
 const SCRATCH: u64 = 16 << 20;
 const SIZE: usize = 2;
-
-// ---- the guest
-
-/// The window of the first device, the distance to the next, and where a disk's capacity is (virtio 1.3, 4.2.2).
-const WINDOW: u32 = 0xd000_0000;
-const WINDOW_BYTES: u32 = 0x1000;
-const CONFIG: u32 = 0x100;
-/// Behind one image, the scratch disk and the network.
-const VSOCK: u32 = WINDOW + 3 * WINDOW_BYTES;
-/// Rings of queue 0 (to the guest) and 1 (from it): descriptors, available, used, a page each. Then the packets.
-const RINGS: [u32; 2] = [0x20_0000, 0x20_4000];
-const PACKETS: [u32; 2] = [0x20_8000, 0x20_8100];
-const BUFFER: u32 = 0x20_9000;
-
-/// Dials; waits until the first disk has a capacity; says so; and dials again if it is `eager`.
-fn dialler(eager: bool) -> Vec<u8> {
-    let mut code = Vec::new();
-    let mut store = |address, value| code.extend(guest::store(address, value));
-    for (queue, rings) in (0..).zip(RINGS) {
-        for (index, packet) in (0..).zip(PACKETS) {
-            let (at, length, flags) = if queue == 0 {
-                (BUFFER + 0x800 * index, 0x800, 2)
-            } else {
-                (packet, 44, 0)
-            };
-            store(rings + 16 * index, at);
-            store(rings + 16 * index + 8, length);
-            store(rings + 16 * index + 12, flags);
-        }
-        // Both descriptors, one after the other, of which the second packet is not there yet.
-        store(rings + 0x1004, 1 << 16);
-    }
-    // struct virtio_vsock_hdr (virtio 1.3, 5.10.6): CID 3, a port each, asks for CID 2, port 1024, as a stream.
-    for (index, packet) in (0..).zip(PACKETS) {
-        for (offset, value) in [
-            (0, 3),
-            (8, 2),
-            (16, 5000 + index),
-            (20, 1024),
-            (28, 1 | 1 << 16),
-            (36, 0x1_0000),
-        ] {
-            store(packet + offset, value);
-        }
-    }
-    store(RINGS[0] + 0x1000, 2 << 16);
-    store(RINGS[1] + 0x1000, 1 << 16);
-    for (register, value) in [(0x70, 0), (0x70, 1), (0x70, 3), (0x24, 1), (0x20, 1), (0x70, 11)] {
-        store(VSOCK + register, value);
-    }
-    for (queue, rings) in (0..).zip(RINGS) {
-        for (register, value) in [
-            (0x30, queue),
-            (0x38, 2),
-            (0x80, rings),
-            (0x90, rings + 0x1000),
-            (0xa0, rings + 0x2000),
-            (0x44, 1),
-        ] {
-            store(VSOCK + register, value);
-        }
-    }
-    store(VSOCK + 0x70, 15);
-    store(VSOCK + 0x50, 0);
-    store(VSOCK + 0x50, 1);
-    // mov ebx, capacity; cmp dword [rbx], 0; je to the comparison
-    code.push(0xbb);
-    code.extend((WINDOW + CONFIG).to_le_bytes());
-    code.extend([0x83, 0x3b, 0x00, 0x74, 0xfb]);
-    code.extend(guest::print("up"));
-    if eager {
-        code.extend(guest::store(RINGS[1] + 0x1000, 2 << 16));
-        code.extend(guest::store(VSOCK + 0x50, 1));
-    }
-    code.extend(guest::halt());
-    guest::elf(&code)
-}
+const IMAGES: u32 = 1;
 
 // ---- the host
 
@@ -118,7 +44,7 @@ fn config(host: &Host) -> Config {
             memory_bytes: MEMORY,
             largest_bytes: LARGEST,
             scratch_bytes: SCRATCH,
-            images: 1,
+            images: IMAGES,
             ..pool::Config::default()
         },
         ..host.config()
@@ -236,7 +162,7 @@ fn stages(timeline: &Timeline) -> Vec<String> {
 
 #[test]
 fn a_pod_gets_a_parked_clone_and_the_pool_is_filled_again() {
-    on_a_host(&dialler(true), |host| async move {
+    on_a_host(&dialler(IMAGES, true), |host| async move {
         let (manager, metrics) = full(&host).await;
         let before: HashSet<_> = parked(&host).into_iter().collect();
         let timeline = while_up(&manager, &host, "a", async || {
@@ -261,7 +187,7 @@ fn a_pod_gets_a_parked_clone_and_the_pool_is_filled_again() {
 
 #[test]
 fn pods_at_once_get_a_clone_each_and_one_too_many_is_booted() {
-    on_a_host(&dialler(true), |host| async move {
+    on_a_host(&dialler(IMAGES, true), |host| async move {
         let (manager, metrics) = full(&host).await;
         let names = ["a", "b", "c"];
         let timelines = names.map(|_| Timeline::new());
@@ -296,7 +222,7 @@ fn pods_at_once_get_a_clone_each_and_one_too_many_is_booted() {
 
 #[test]
 fn a_pod_that_does_not_fit_is_booted_and_takes_no_clone() {
-    on_a_host(&dialler(true), |host| async move {
+    on_a_host(&dialler(IMAGES, true), |host| async move {
         let mut config = config(&host);
         config.boot_timeout = Duration::from_secs(5);
         let metrics = config.pool.metrics.clone();
@@ -322,9 +248,9 @@ fn a_pod_that_does_not_fit_is_booted_and_takes_no_clone() {
 
 #[test]
 fn a_clone_that_dials_is_waited_for_until_it_acknowledges() {
-    on_a_host(&dialler(true), |host| async move {
+    on_a_host(&dialler(IMAGES, true), |host| async move {
         let mut config = config(&host);
-        config.boot_timeout = Duration::from_secs(1);
+        config.wake_timeout = Duration::from_secs(1);
         let manager = Manager::new(config).await.unwrap();
         filled(&manager).await;
         let timeline = Timeline::new();
@@ -340,13 +266,14 @@ fn a_clone_that_dials_is_waited_for_until_it_acknowledges() {
 
 #[test]
 fn a_clone_that_does_not_dial_again_is_ended() {
-    on_a_host(&dialler(false), |host| async move {
+    on_a_host(&dialler(IMAGES, false), |host| async move {
         let mut config = config(&host);
-        config.boot_timeout = Duration::from_secs(2);
+        config.wake_timeout = Duration::from_secs(2);
         let manager = Manager::new(config).await.unwrap();
         filled(&manager).await;
         let error = manager.launch(pod("a"), &Timeline::new()).await.unwrap_err();
-        assert!(matches!(error, SandboxError::BootTimeout(_)), "{error:?}");
+        assert!(matches!(error, SandboxError::WakeTimeout(_)), "{error:?}");
+        assert!(error.to_string().contains("VMGenID"), "{error}");
         assert!(!host.file("").exists(), "nothing of it is left");
         end(host, manager).await;
     });
@@ -355,9 +282,9 @@ fn a_clone_that_does_not_dial_again_is_ended() {
 #[test]
 fn between_claim_and_first_instruction_nothing_is_made_or_opened_by_name() {
     // It does not dial again, so that the launch ends by itself and nobody has to look for that.
-    on_a_host(&dialler(false), |host| async move {
+    on_a_host(&dialler(IMAGES, false), |host| async move {
         let mut config = config(&host);
-        config.boot_timeout = Duration::from_secs(2);
+        config.wake_timeout = Duration::from_secs(2);
         let manager = Manager::new(config).await.unwrap();
         filled(&manager).await;
         let vmms: Vec<_> = parked(&host).iter().flat_map(|name| host.processes_of(name)).collect();
@@ -381,7 +308,7 @@ fn between_claim_and_first_instruction_nothing_is_made_or_opened_by_name() {
 
 #[test]
 fn claims_are_quick() {
-    on_a_host(&dialler(true), |host| async move {
+    on_a_host(&dialler(IMAGES, true), |host| async move {
         let (manager, _) = full(&host).await;
         let mut claims = Vec::new();
         for round in 0..20 {
@@ -405,7 +332,7 @@ fn claims_are_quick() {
 
 #[test]
 fn a_parked_clone_that_is_killed_is_replaced() {
-    on_a_host(&dialler(true), |host| async move {
+    on_a_host(&dialler(IMAGES, true), |host| async move {
         let (manager, metrics) = full(&host).await;
         let victim = parked(&host).remove(0);
         signal(host.processes_of(&victim)[0], Signal::SIGKILL);
@@ -433,7 +360,7 @@ fn daemon() {
 
 #[test]
 fn a_daemon_that_is_killed_with_parked_and_claimed_clones_leaves_a_template_and_nothing_else() {
-    on_a_host(&dialler(true), |host| async move {
+    on_a_host(&dialler(IMAGES, true), |host| async move {
         let daemon = host.daemon("daemon");
         let serial = host.file("serial.log");
         let up = tokio::task::spawn_blocking(move || wait_for(&serial, "up"));
@@ -458,7 +385,7 @@ fn a_daemon_that_is_killed_with_parked_and_claimed_clones_leaves_a_template_and_
 
 #[test]
 fn a_template_that_was_altered_by_a_bit_is_made_anew() {
-    on_a_host(&dialler(true), |host| async move {
+    on_a_host(&dialler(IMAGES, true), |host| async move {
         let (manager, _) = full(&host).await;
         manager.pool().drain().await;
         manager.remove().await.unwrap();
@@ -475,9 +402,73 @@ fn a_template_that_was_altered_by_a_bit_is_made_anew() {
     });
 }
 
+/// A template's files, to be adopted, with another state.
+fn arriving(templates: &pool::Templates, memory: &File, state: &[u8]) -> pool::TemplateFiles {
+    let mut files = templates.draft().unwrap();
+    files.state.write_all(state).unwrap();
+    // With its holes, as what comes from a registry is laid out.
+    let length = memory.metadata().unwrap().len();
+    files.memory.set_len(length).unwrap();
+    let mut page = [0; 4096];
+    for at in (0..length).step_by(page.len()) {
+        memory.read_exact_at(&mut page, at).unwrap();
+        if page != [0; 4096] {
+            files.memory.write_all_at(&page, at).unwrap();
+        }
+    }
+    files
+}
+
+#[test]
+fn a_template_of_another_processor_is_refused_by_its_passports_line_and_the_hosts_own_stays() {
+    on_a_host(&dialler(IMAGES, true), |host| async move {
+        let (manager, metrics) = full(&host).await;
+        let templates = manager.templates();
+        let (record, mut own) = templates.current().await.unwrap();
+        let mut state = Vec::new();
+        own.state.read_to_end(&mut state).unwrap();
+        let mut other = Snapshot::decode(&state).unwrap();
+        other.passport.vendor = "FlintFlint99".into();
+
+        templates.check(&record).await.unwrap();
+        let refused = templates
+            .adopt(arriving(&templates, &own.memory, &other.encode()))
+            .await;
+        assert!(
+            matches!(&refused, Err(SandboxError::ForeignTemplate(line)) if line.contains("CPU vendor: it needs FlintFlint99")),
+            "{refused:?}"
+        );
+        let truncated = templates
+            .adopt(arriving(&templates, &own.memory, &state[..state.len() - 1]))
+            .await;
+        assert!(
+            matches!(truncated, Err(SandboxError::ForeignTemplate(_))),
+            "{truncated:?}"
+        );
+        assert_eq!(
+            (manager.pool().parked(), parked(&host).len()),
+            (SIZE, SIZE),
+            "its own clones are there"
+        );
+
+        let before = parked(&host);
+        templates
+            .adopt(arriving(&templates, &own.memory, &state))
+            .await
+            .unwrap();
+        for name in before {
+            until_gone(sandboxes(&host).join(name)).await;
+        }
+        filled(&manager).await;
+        assert_eq!(metrics.templates.get(), 1, "none was made anew");
+        drop(templates);
+        end(host, manager).await;
+    });
+}
+
 #[test]
 fn another_command_line_is_another_template() {
-    on_a_host(&dialler(true), |host| async move {
+    on_a_host(&dialler(IMAGES, true), |host| async move {
         let (manager, _) = full(&host).await;
         let first = template(&host);
         manager.remove().await.unwrap();
@@ -492,7 +483,7 @@ fn another_command_line_is_another_template() {
 
 #[test]
 fn a_disk_that_is_full_costs_the_clones_and_not_the_pods_until_there_is_room() {
-    on_a_host(&dialler(true), |host| async move {
+    on_a_host(&dialler(IMAGES, true), |host| async move {
         let disk = host.folder().join("state/templates");
         fs::create_dir_all(&disk).unwrap();
         let size = |flags, size: &str| mount(Some("none"), &disk, Some("tmpfs"), flags, Some(size)).unwrap();

@@ -1,5 +1,6 @@
-//! flintd, the program, killed while it pushes and while it pulls a snapshot: nothing half-made is left, and it works when it is tried
-//! again. The snapshot is one that no pod is made of here, but for its machine as flintd keeps it.
+//! Snapshots and templates on their way, with flintd, the program: killed while it pushes and while it pulls a snapshot, it leaves nothing
+//! half-made, and it works when it is tried again. The snapshot is one that no pod is made of here, but for its machine as
+//! flintd keeps it; the template is of a guest of a few instructions.
 #![allow(
     missing_docs,
     clippy::unwrap_used,
@@ -8,6 +9,11 @@
 )]
 
 mod daemon;
+#[path = "sandbox/dialler.rs"]
+mod dialler;
+#[allow(dead_code, reason = "the dialler uses a part")]
+#[path = "../../vmm/tests/common/guest.rs"]
+mod guest;
 
 use std::{fs, path::Path};
 
@@ -188,5 +194,74 @@ async fn flintd_is_killed_while_it_pushes_and_while_it_pulls_a_snapshot() {
     assert!(fs::read(daemon.path("state/snapshots/warm/memory")).unwrap() == memory);
     assert_eq!(daemon.sh("flint snapshot rm warm").code, 0);
     assert_eq!((names(&daemon), packed(&daemon)), (vec![], 0));
+    stop_registry(&daemon);
+}
+
+const TEMPLATE: &str = "127.0.0.1:5000/t/template:1";
+
+fn with_pool<'a>(args: &'a [&'a str]) -> Start<'a> {
+    Start { args, ..start() }
+}
+
+/// The seal of the one template that flintd has: digests of its machine and memory.
+fn template(daemon: &Daemon) -> String {
+    let entries = fs::read_dir(daemon.path("state/templates")).unwrap();
+    let folders: Vec<_> = entries.map(|entry| entry.unwrap().path()).collect();
+    let [folder] = &folders[..] else { panic!("{folders:?}") };
+    fs::read_to_string(folder.join("seal")).unwrap()
+}
+
+#[test]
+fn a_template_goes_to_a_host_that_is_alike_and_is_refused_by_others_with_what_differs() {
+    let folder = folder();
+    fs::write(folder.path().join("kernel"), dialler::dialler(8, true)).unwrap();
+    let small = ["--pool", "1", "--pool-memory", "32"];
+    let again = |daemon: &mut Daemon, args: &[&str]| {
+        daemon.kill();
+        stop_registry(daemon);
+        daemon.start_again(&with_pool(args));
+        daemon.wait_for_log("the pool is full", 1);
+    };
+    let pull = format!("flint template pull {TEMPLATE}");
+    let mut daemon = Daemon::start(folder, &with_pool(&small));
+    daemon.wait_for_log("the pool is full", 1);
+    let pushed = daemon.sh(&format!("flint template push {TEMPLATE}"));
+    assert!(pushed.code == 0 && pushed.stdout.contains("@sha256:"), "{pushed:?}");
+    let first = template(&daemon);
+
+    // Another host, which has booted one of its own.
+    fs::remove_dir_all(daemon.path("state/templates")).unwrap();
+    again(&mut daemon, &small);
+    assert!(template(&daemon) != first);
+    let pulled = daemon.sh(&pull);
+    assert_eq!(pulled.code, 0, "{pulled:?}");
+    daemon.wait_for_log("the pool is full", 2);
+    assert!(template(&daemon) == first);
+    assert_eq!(daemon.log().matches("made a template").count(), 1, "{}", daemon.log());
+    again(&mut daemon, &small);
+    assert!(!daemon.log().contains("made a template"), "{}", daemon.log());
+    assert!(template(&daemon) == first);
+
+    // Hosts that differ keep their own.
+    again(&mut daemon, &["--pool", "1", "--pool-memory", "34"]);
+    let own = template(&daemon);
+    let other_shape = daemon.sh(&pull);
+    assert_eq!(template(&daemon), own);
+    assert_eq!(other_shape.code, 1, "{other_shape:?}");
+    assert!(
+        other_shape
+            .stderr
+            .contains("memory_bytes is 33554432 there, 35651584 here"),
+        "{other_shape:?}"
+    );
+    fs::write(daemon.path("initrd"), "another").unwrap();
+    again(&mut daemon, &["--pool", "1", "--pool-memory", "34"]);
+    let other_initrd = daemon.sh(&pull);
+    assert!(
+        other_initrd.stderr.contains("its initrd is another one than"),
+        "{other_initrd:?}"
+    );
+    let no_template = daemon.sh("flint template pull 127.0.0.1:5000/t/none:1");
+    assert!(no_template.stderr.contains("check name and tag"), "{no_template:?}");
     stop_registry(&daemon);
 }

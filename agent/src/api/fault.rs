@@ -10,6 +10,7 @@ use crate::{
     backend::ImageError,
     chain,
     pods::{PodError, journal::OutOfRange},
+    sandbox::SandboxError,
     saved::SavedError,
     travel::TravelError,
 };
@@ -131,7 +132,14 @@ impl From<TravelError> for Status {
         match error {
             TravelError::Saved(error) => error.into(),
             TravelError::Machine(error) => of_machine(&error, message),
-            TravelError::Unknown { .. } => fault(Code::Unimplemented, "SNAPSHOT_UNSUPPORTED", message),
+            TravelError::Template(SandboxError::NoTemplate) => fault(Code::FailedPrecondition, "NO_TEMPLATE", message),
+            TravelError::Template(SandboxError::ForeignTemplate(_)) => {
+                fault(Code::FailedPrecondition, "TEMPLATE_REFUSED", message)
+            }
+            TravelError::Template(_) => fault(Code::Internal, "TEMPLATE", message),
+            TravelError::Unknown { .. } | TravelError::UnknownTemplate { .. } => {
+                fault(Code::Unimplemented, "SNAPSHOT_UNSUPPORTED", message)
+            }
             TravelError::Senseless { .. } => fault(Code::DataLoss, "SNAPSHOT_CORRUPT", message),
             TravelError::Image { source, .. } => of_image(&source, message),
             TravelError::Device { .. } => fault(Code::FailedPrecondition, "IMAGE_DIFFERS", message),

@@ -7,6 +7,7 @@ pub mod listen;
 mod pods;
 mod snapshots;
 mod streams;
+mod templates;
 #[cfg(test)]
 mod tests;
 
@@ -14,7 +15,7 @@ use std::{pin::Pin, sync::Arc};
 
 use flint_api::host::{
     DESCRIPTORS, host_server::HostServer, images_server::ImagesServer, pods_server::PodsServer,
-    snapshots_server::SnapshotsServer, streams_server::StreamsServer,
+    snapshots_server::SnapshotsServer, streams_server::StreamsServer, templates_server::TemplatesServer,
 };
 use futures::Stream;
 use tokio::sync::mpsc;
@@ -24,7 +25,11 @@ use tonic_reflection::server::Builder as Reflection;
 
 pub use fault::DOMAIN;
 
-use crate::{host::HostControl, pods::Pods, travel::Mover};
+use crate::{
+    host::HostControl,
+    pods::Pods,
+    travel::{Mover, TemplateMover},
+};
 
 /// Largest request; a pod is a few kilobytes, and what streams comes in small pieces.
 const MAX_REQUEST: usize = 4 << 20;
@@ -67,6 +72,8 @@ pub struct Api {
     pub control: Arc<HostControl>,
     /// Snapshots to and from registries.
     pub mover: Mover,
+    /// The template to and from registries.
+    pub templates: TemplateMover,
     /// What does not change while the machine runs.
     pub info: Arc<flint_api::host::HostInfo>,
 }
@@ -88,6 +95,7 @@ impl Api {
         reporter.set_serving::<ImagesServer<Api>>().await;
         reporter.set_serving::<StreamsServer<Api>>().await;
         reporter.set_serving::<SnapshotsServer<Api>>().await;
+        reporter.set_serving::<TemplatesServer<Api>>().await;
         let reflection = || {
             Reflection::configure()
                 .register_encoded_file_descriptor_set(DESCRIPTORS)
@@ -110,6 +118,7 @@ impl Api {
                     .max_encoding_message_size(MAX_RESPONSE),
             )
             .add_service(SnapshotsServer::new(self.clone()).max_decoding_message_size(MAX_REQUEST))
+            .add_service(TemplatesServer::new(self.clone()).max_decoding_message_size(MAX_REQUEST))
             .add_service(StreamsServer::new(self).max_decoding_message_size(MAX_REQUEST));
         Ok(routes.routes())
     }

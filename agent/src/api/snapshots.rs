@@ -85,7 +85,7 @@ impl Snapshots for Api {
 }
 
 /// Streams the progress of a push or pull; its result is the last message. It ends with a client that hangs up.
-fn stream<F>(begin: impl FnOnce(Progress) -> F) -> Response<Answers<host::SnapshotProgress>>
+pub(super) fn stream<F>(begin: impl FnOnce(Progress) -> F) -> Response<Answers<host::SnapshotProgress>>
 where
     F: Future<Output = Result<host::SnapshotProgress, TravelError>> + Send + 'static,
 {

@@ -16,7 +16,7 @@ use super::{
     DiskSource, DiskSpec, Sandbox, SandboxError, SandboxSpec, TakenOver, blocking, file_error,
     intent::Folder,
     means::{Means, Wish, image_names},
-    pool::{self, Pool},
+    pool::{self, Pool, Templates},
     shell::{NetParts, Parts, Ready, Shell, identity_of, mark_ready},
     supervisor::{End, explain, supervise},
     supplies::{Supplies, Supply},
@@ -167,6 +167,11 @@ impl Manager {
     /// The parked clones.
     pub fn pool(&self) -> &Pool {
         &self.pool
+    }
+
+    /// What they are clones of, to be given to other hosts and taken from them.
+    pub fn templates(&self) -> Templates {
+        self.pool.templates(&self.means)
     }
 
     /// Makes what scratch disks of this size are copied from, so that no start waits for it.

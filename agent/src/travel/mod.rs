@@ -6,10 +6,13 @@
 //!                   ──bundles: what is missing──> chunks ──laid out──> files without a name ──> the snapshot
 //! ```
 //!
+//! The template of the host's pool goes the same ways ([`TemplateMover`]).
+//!
 //! A snapshot that was pulled keeps its chunks beside its files, so that another version of it is fetched as what differs. They go
 //! with it.
 
 mod record;
+mod template;
 
 use std::{fs::File, io, sync::Arc};
 
@@ -23,9 +26,11 @@ use tokio::{sync::mpsc, task::spawn_blocking};
 use tracing::warn;
 
 use self::record::{TravelImage, TravelRecord, Unusable};
+pub use self::template::TemplateMover;
 use crate::{
     backend::{ImageError, Images, PullOrder},
     pods::registry_of,
+    sandbox::SandboxError,
     saved::{Draft, SavedError, SavedFiles, SavedPods, SavedRecord},
 };
 
@@ -54,6 +59,19 @@ pub enum TravelError {
         /// What it is.
         reason: String,
     },
+    /// What is there is no template, or a newer Flint's.
+    #[error(
+        "{reference} cannot be used as a template: {reason}; name what `flint template push` of a flintd no newer than this has pushed"
+    )]
+    UnknownTemplate {
+        /// What was asked for.
+        reference: String,
+        /// What it is.
+        reason: String,
+    },
+    /// A template could not be given or taken here.
+    #[error(transparent)]
+    Template(#[from] SandboxError),
     /// Its record is not to be believed.
     #[error("the record of {reference} makes no sense: {reason}; push the snapshot again")]
     Senseless {

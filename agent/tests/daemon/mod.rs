@@ -11,7 +11,10 @@ use std::{
 
 use hyper_util::rt::TokioIo;
 use nix::{
-    sys::signal::{Signal, kill},
+    sys::{
+        inotify::{AddWatchFlags, InitFlags, Inotify},
+        signal::{Signal, kill},
+    },
     unistd::Pid,
 };
 use tempfile::TempDir;
@@ -70,6 +73,18 @@ impl Daemon {
 
     pub fn log(&self) -> String {
         fs::read_to_string(self.path("flintd.log")).unwrap()
+    }
+
+    /// Waits until its log says something so often.
+    #[allow(dead_code, reason = "not every test does")]
+    pub fn wait_for_log(&self, words: &str, times: usize) {
+        let watch = Inotify::init(InitFlags::IN_CLOEXEC).unwrap();
+        watch
+            .add_watch(&self.path("flintd.log"), AddWatchFlags::IN_MODIFY)
+            .unwrap();
+        while self.log().matches(words).count() < times {
+            watch.read_events().unwrap();
+        }
     }
 
     pub fn socket(&self) -> PathBuf {
@@ -137,10 +152,11 @@ impl Drop for Daemon {
 fn spawn(path: &Path, start: &Start<'_>) -> Child {
     let line = format!(
         "set -e; ip link set lo up; {}\nexec {} --state-dir $T/state --run-dir $T/run --cgroup $C --vmm {} --kernel $T/kernel \
-         --initrd $T/initrd --pool 0 \"$@\"",
+         --initrd $T/initrd {} \"$@\"",
         start.setup,
         env!("CARGO_BIN_EXE_flintd"),
         vmm().display(),
+        if start.args.contains(&"--pool") { "" } else { "--pool 0" },
     );
     let log = fs::File::create(path.join("flintd.log")).unwrap();
     let mut command = Command::new("unshare");

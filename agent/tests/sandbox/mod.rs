@@ -3,6 +3,8 @@
 
 // The assembler of tiny guests has its home with those who use most of it.
 #[allow(dead_code, reason = "each test program uses a part")]
+pub mod dialler;
+#[allow(dead_code, reason = "each test program uses a part")]
 #[path = "../../../vmm/tests/common/guest.rs"]
 pub mod guest;
 

@@ -41,7 +41,7 @@ use crate::{
     },
     saved::SavedPods,
     store::Store,
-    travel::Mover,
+    travel::{Mover, TemplateMover},
 };
 
 const MIB: u64 = 1 << 20;
@@ -92,6 +92,7 @@ impl Flintd {
         });
         let store = ImageStore::open(&folder.join("images"), ImageStoreOptions::default()).await;
         let machines = store.unwrap().machines();
+        let templates = TemplateMover::new(None, machines.clone());
         let mover = Mover::new(context.saved.clone(), context.images.clone(), machines).await;
         let pods = Pods::start(context, loaded).await;
         let info = describe(
@@ -107,6 +108,7 @@ impl Flintd {
             pods,
             control,
             mover: mover.unwrap(),
+            templates,
             info: Arc::new(info),
         }
         .routes()

@@ -5,6 +5,7 @@ use flint_api::host::images_client::ImagesClient;
 use flint_api::host::pods_client::PodsClient;
 use flint_api::host::snapshots_client::SnapshotsClient;
 use flint_api::host::streams_client::StreamsClient;
+use flint_api::host::templates_client::TemplatesClient;
 use flint_api::host::{ListPodsRequest, Pod, PodMeta};
 use tonic::transport::Channel;
 
@@ -45,6 +46,10 @@ impl Client {
 
     pub fn snapshots(&self) -> SnapshotsClient<Channel> {
         SnapshotsClient::new(self.channel.clone()).max_decoding_message_size(MAX_MESSAGE)
+    }
+
+    pub fn templates(&self) -> TemplatesClient<Channel> {
+        TemplatesClient::new(self.channel.clone()).max_decoding_message_size(MAX_MESSAGE)
     }
 
     /// The pod that `name` means.

@@ -24,6 +24,7 @@ mod run;
 mod snapshots;
 mod standstill;
 mod target;
+mod template;
 mod terminal;
 mod timeline;
 
@@ -88,6 +89,8 @@ enum Command {
     /// Save pods as they run; list, remove and move what was saved.
     #[command(visible_alias = "snapshot")]
     Snapshots(snapshots::Snapshots),
+    /// Give the template of this host's pods to other hosts, or take theirs.
+    Template(template::Template),
     /// End pods: TERM, the grace period, KILL.
     Stop(pods::Stop),
     /// Remove ended pods with their logs.
@@ -141,6 +144,7 @@ async fn dispatch(flint: Flint, format: Format) -> Result<u8, Failure> {
         Command::Resume(resume) => resume.execute(connect().await?, format).await,
         Command::Fork(fork) => fork.execute(connect().await?, format).await,
         Command::Snapshots(snapshots) => snapshots.execute(connect().await?, format).await,
+        Command::Template(template) => template.execute(connect().await?, format).await,
         Command::Stop(stop) => stop.execute(connect().await?).await,
         Command::Rm(rm) => rm.execute(connect().await?).await,
         Command::Timeline(timeline) => timeline.execute(connect().await?, format).await,

@@ -154,15 +154,15 @@ impl Snapshots {
     }
 }
 
-/// Shows progress until the end, whose message has a snapshot.
-async fn follow(mut progress: Streaming<SnapshotProgress>) -> Result<SnapshotProgress, Failure> {
+/// Shows progress until the end, which says that it is one.
+pub async fn follow(mut progress: Streaming<SnapshotProgress>) -> Result<SnapshotProgress, Failure> {
     let mut last = None;
     while let Some(step) = progress.message().await.inspect_err(|_| clear_progress())? {
         show_progress(&describe(&step));
         last = Some(step);
     }
     clear_progress();
-    last.filter(|step| step.snapshot.is_some())
+    last.filter(|step| step.stage == "done")
         .ok_or_else(|| Failure::new("flintd ended it without a result: is it being stopped? Try again"))
 }
 

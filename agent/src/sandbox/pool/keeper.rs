@@ -37,6 +37,14 @@ impl Pause {
     }
 }
 
+/// Why a template is not cloned any more.
+enum Over {
+    /// Another one is there in its place.
+    Replaced,
+    /// It cannot be used.
+    Bad(SandboxError),
+}
+
 /// Fills a pool.
 pub(super) struct Keeper {
     means: Arc<Means>,
@@ -74,9 +82,10 @@ impl Keeper {
         loop {
             let error = match Template::open_or_make(&self.means, &self.shared).await {
                 Ok(template) => {
-                    let error = self.keep_full(&template).await;
-                    // Its clones may have what it was refused for.
+                    let over = self.keep_full(&template).await;
+                    // They are another template's, or may have what it was refused for.
                     self.shared.clear();
+                    let Over::Bad(error) = over else { continue };
                     template.discard();
                     error
                 }
@@ -91,11 +100,14 @@ impl Keeper {
         self.shared.metrics.failures.inc();
         let pause = self.pause.next();
         tracing::warn!(error = chain(error), ?pause, "{consequence}");
-        sleep(pause).await;
+        tokio::select! {
+            () = sleep(pause) => {}
+            () = self.shared.replaced.notified() => {}
+        }
     }
 
-    /// Clones a template until it turns out to be bad, and says how.
-    async fn keep_full(&mut self, template: &Template) -> SandboxError {
+    /// Clones a template until there is another one, or it turns out to be bad.
+    async fn keep_full(&mut self, template: &Template) -> Over {
         let Self { means, shared, pause } = self;
         let mut making = FuturesUnordered::new();
         let mut ending = FuturesUnordered::new();
@@ -115,7 +127,7 @@ impl Keeper {
                             tracing::info!(count, "the pool is full");
                         }
                     }
-                    Err(error @ SandboxError::Template { .. }) => return error,
+                    Err(error @ SandboxError::Template { .. }) => return Over::Bad(error),
                     Err(error) => {
                         shared.metrics.failures.inc();
                         let after = pause.next();
@@ -131,6 +143,7 @@ impl Keeper {
                     rest = Some(Box::pin(sleep(after)));
                 },
                 () = shared.changed.notified() => {}
+                () = shared.replaced.notified() => return Over::Replaced,
                 () = over(&mut rest), if rest.is_some() => rest = None,
             }
         }

@@ -9,6 +9,7 @@
 //!
 //! - [`shape`]: what every clone has, and which wishes fit it;
 //! - [`template`]: the saved machine: made, sealed, verified, made anew;
+//! - [`exchange`]: templates to other hosts and from them;
 //! - [`growth`]: from a clone's size to its pod's, once it has woken up;
 //! - [`parked`]: one clone: made, claimed, given its identity. A claim consumes it, so that no two pods get the same one;
 //! - [`keeper`]: the task that fills the pool;
@@ -17,6 +18,7 @@
 //! A parked clone's folder and intent are those of a sandbox whose start is not complete: a flintd that finds one after the
 //! death of an earlier one ends it.
 
+mod exchange;
 mod growth;
 mod keeper;
 mod metrics;
@@ -36,12 +38,16 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
+pub use self::{
+    exchange::{TemplateFiles, TemplateRecord, Templates},
+    metrics::PoolMetrics,
+    template::TemplateError,
+};
 use self::{
     keeper::Keeper,
     parked::{ClaimFailure, Claimed, Disks, Parked},
     shape::Shape,
 };
-pub use self::{metrics::PoolMetrics, template::TemplateError};
 use super::{SandboxError, SandboxSpec, means::Means, supervisor::End};
 use crate::timeline::Timeline;
 
@@ -101,6 +107,10 @@ struct Shared {
     ends: Mutex<HashMap<String, End>>,
     /// There may be something to refill.
     changed: Notify,
+    /// Held by who makes, opens or replaces the template.
+    arranging: tokio::sync::Mutex<()>,
+    /// Another template has taken the place of the one that clones are made of.
+    replaced: Notify,
     metrics: PoolMetrics,
 }
 
@@ -116,6 +126,8 @@ impl Pool {
             count: watch::Sender::new(0),
             ends: Mutex::default(),
             changed: Notify::new(),
+            arranging: tokio::sync::Mutex::default(),
+            replaced: Notify::new(),
             metrics: config.metrics.clone(),
         });
         let stop = CancellationToken::new();
@@ -125,6 +137,14 @@ impl Pool {
             shared,
             stop,
             keeper: Mutex::new(keeper),
+        }
+    }
+
+    /// A handle on the template.
+    pub(super) fn templates(&self, means: &Arc<Means>) -> Templates {
+        Templates {
+            means: Arc::clone(means),
+            shared: Arc::clone(&self.shared),
         }
     }
 

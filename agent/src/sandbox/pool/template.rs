@@ -49,8 +49,9 @@ use crate::{
 pub(super) const PLACEHOLDER_MAC: [u8; 6] = [0x02, 0xff, 0, 0, 0, 1];
 /// Of what is written here; another one makes other keys.
 const FORMAT: &str = "flint template 2";
-const DRAFT: &str = "draft-";
+pub(super) const DRAFT: &str = "draft-";
 const PAGE: usize = 4096;
+const ZEROS: [u8; PAGE] = [0; PAGE];
 
 /// What is wrong with a template.
 #[derive(Debug, Error)]
@@ -70,17 +71,17 @@ pub enum TemplateError {
 #[derive(Debug)]
 pub(super) struct Template {
     folder: PathBuf,
-    state: File,
-    memory: File,
+    pub(super) state: File,
+    pub(super) memory: File,
 }
 
 impl Template {
     /// The template for this host as it is now: the one that is there, if it is sound, or a new one.
     pub(super) async fn open_or_make(means: &Means, shared: &Shared) -> Result<Self, SandboxError> {
+        let _mine = shared.arranging.lock().await;
         let supply = means.supplies.take().await?;
-        let templates = means.config.state_dir.join("templates");
-        let made = fs::DirBuilder::new().recursive(true).mode(0o700).create(&templates);
-        made.map_err(file_error("make", &templates))?;
+        let templates = folder_of(means);
+        make_folder(&templates)?;
         let key = key(means, &supply, &shared.shape)?;
         remove_others(&templates, &key)?;
         let folder = templates.join(&key);
@@ -98,7 +99,7 @@ impl Template {
     }
 
     /// Opens one and looks whether it is what was made.
-    fn open(folder: PathBuf) -> Result<Self, TemplateError> {
+    pub(super) fn open(folder: PathBuf) -> Result<Self, TemplateError> {
         let file = |name| File::open(folder.join(name)).map_err(|error| TemplateError::Read(name, error));
         let (state, memory) = (file("state")?, file("memory")?);
         let seal = fs::read_to_string(folder.join("seal")).map_err(|error| TemplateError::Read("seal", error))?;
@@ -130,6 +131,17 @@ impl Template {
             tracing::warn!(folder = %self.folder.display(), %error, "a template that cannot be used is still there");
         }
     }
+}
+
+/// Where the templates of a host are.
+pub(super) fn folder_of(means: &Means) -> PathBuf {
+    means.config.state_dir.join("templates")
+}
+
+/// Makes that folder, if it is not there.
+pub(super) fn make_folder(templates: &Path) -> Result<(), SandboxError> {
+    let made = fs::DirBuilder::new().recursive(true).mode(0o700).create(templates);
+    made.map_err(file_error("make", templates))
 }
 
 /// Removes drafts, and templates for what this host no longer is.
@@ -218,7 +230,7 @@ async fn save(
 }
 
 /// Brings all of a draft to the disk, and then gives it its name.
-fn seal(draft: TempDir, folder: PathBuf) -> Result<Template, SandboxError> {
+pub(super) fn seal(draft: TempDir, folder: PathBuf) -> Result<Template, SandboxError> {
     let mut seal = String::new();
     for name in ["state", "memory"] {
         let path = draft.path().join(name);
@@ -272,7 +284,7 @@ fn digest(file: &File) -> io::Result<Hash> {
             .min(usize::try_from(length.saturating_sub(at)).unwrap_or(usize::MAX));
         file.read_exact_at(&mut buffer[..wanted], at)?;
         for page in buffer[..wanted].chunks(PAGE) {
-            if page.iter().any(|byte| *byte != 0) {
+            if *page != ZEROS[..page.len()] {
                 hasher.update(&at.to_le_bytes());
                 hasher.update(page);
             }
@@ -293,7 +305,7 @@ fn next_data(file: &File, at: u64) -> io::Result<Option<u64>> {
 
 /// Names what a template depends on. Files go by what changes with every write and replacement, not by their bytes: this runs
 /// before each first start.
-fn key(means: &Means, supply: &Supply, shape: &Shape) -> Result<String, SandboxError> {
+pub(super) fn key(means: &Means, supply: &Supply, shape: &Shape) -> Result<String, SandboxError> {
     let mut hasher = Hasher::new();
     let mut add = |part: &[u8]| {
         hasher.update(&(part.len() as u64).to_le_bytes());
