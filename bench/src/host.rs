@@ -104,8 +104,8 @@ impl Host {
         Ok(uid)
     }
 
-    /// Kills a pod and removes it.
-    pub async fn kill(&self, uid: &str) -> Result<(), Error> {
+    /// Kills a pod and removes it; how its start went.
+    pub async fn kill(&self, uid: &str) -> Result<Vec<Stage>, Error> {
         let grace_period = Some(prost_types::Duration::default());
         let request = TerminatePodRequest {
             uid: uid.into(),
@@ -113,12 +113,15 @@ impl Host {
             lease_epoch: 0,
         };
         self.pods().terminate_pod(request).await?;
-        self.until(uid, |pod| matches!(phase(pod), Phase::Succeeded | Phase::Failed))
+        let ended = self
+            .until(uid, |pod| matches!(phase(pod), Phase::Succeeded | Phase::Failed))
             .await?;
-        self.remove(uid).await
+        self.remove(uid).await?;
+        Ok(ended.status.unwrap_or_default().timeline)
     }
 
-    async fn apply(&self, image: &str, command: &[String]) -> Result<String, Error> {
+    /// Asks for a pod with one container and returns its uid.
+    pub async fn apply(&self, image: &str, command: &[String]) -> Result<String, Error> {
         let uid = std::fs::read_to_string("/proc/sys/kernel/random/uuid")?
             .trim()
             .to_owned();
@@ -201,27 +204,43 @@ async fn channel(socket: std::path::PathBuf) -> Result<Channel, tonic::transport
         .await
 }
 
-/// Samples of many starts, by stage.
+/// The stages of many starts.
+#[derive(Debug, Default)]
+pub struct Stages(Vec<StageSamples>);
+
+impl Stages {
+    pub fn add(&mut self, timeline: &[Stage]) -> Result<(), Error> {
+        for stage in timeline {
+            let (start, duration) = (span(stage.start)?, span(stage.duration)?);
+            match self.0.iter_mut().find(|samples| samples.name() == stage.name) {
+                Some(samples) => samples.push(start, duration),
+                None => {
+                    let mut samples = StageSamples::new(&stage.name);
+                    samples.push(start, duration);
+                    self.0.push(samples);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Puts them into the report.
+    pub fn finish(self, report: &mut Report) {
+        self.0.into_iter().for_each(|stage| report.add_stage(stage));
+    }
+}
+
+/// Samples of many starts to their first output.
 #[derive(Debug, Default)]
 pub struct Starts {
-    stages: Vec<StageSamples>,
+    stages: Stages,
     boots: Option<Samples>,
     outputs: Option<Samples>,
 }
 
 impl Starts {
     pub fn add(&mut self, timeline: &[Stage]) -> Result<(), Error> {
-        for stage in timeline {
-            let (start, duration) = (span(stage.start)?, span(stage.duration)?);
-            match self.stages.iter_mut().find(|samples| samples.name() == stage.name) {
-                Some(samples) => samples.push(start, duration),
-                None => {
-                    let mut samples = StageSamples::new(&stage.name);
-                    samples.push(start, duration);
-                    self.stages.push(samples);
-                }
-            }
-        }
+        self.stages.add(timeline)?;
         let boot = end_of(timeline, "vmm.boot")?.saturating_sub(start_of(timeline, "vmm.spawn")?);
         let name = "Flint: spawn until flint-init is ready";
         self.boots.get_or_insert_with(|| Samples::new(name)).push(boot);
@@ -234,7 +253,7 @@ impl Starts {
     /// Puts everything into the report; the median from spawn until flint-init is ready.
     pub fn finish(self, report: &mut Report) -> Option<Duration> {
         let boot = self.boots.as_ref().and_then(Samples::median);
-        self.stages.into_iter().for_each(|stage| report.add_stage(stage));
+        self.stages.finish(report);
         self.boots
             .into_iter()
             .chain(self.outputs)

@@ -4,20 +4,24 @@
 //! host       drives flintd as any client does: pull, start to first output, remove
 //! qemu       the peer: QEMU's microvm machine, same kernel, same initrd, same boundary
 //! claim      flint-vmm alone: from the claim of a clone to its first port write, beside what KVM alone needs
+//! apply      all of flintd on the way: from ApplyPod to a clone's first port write
 //! density    memory of many clones that do nothing (in claim/)
 //! footprint  memory of flint-vmm beside its guest's, of flint-init, sizes of the binaries
+//! tiny       guests of a few instructions
 //! samples    raw samples and what is said of them
 //! report     tables for people, JSON with every sample, Markdown for docs/results.md
 //! ```
 //!
 //! Figures mean something only with their command, their host and their level of proof: the report carries all three.
 
+mod apply;
 mod claim;
 mod footprint;
 mod host;
 mod qemu;
 mod report;
 mod samples;
+mod tiny;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -71,6 +75,8 @@ enum Command {
     Start(Start),
     /// Claim clones of a tiny guest: needs no flintd and no Linux guest, but root and /dev/kvm.
     Claim(claim::Claims),
+    /// Start pods of a tiny guest through a flintd of this program's own: needs root, /dev/kvm, nft, and the image's registry.
+    Apply(apply::Applies),
     /// Memory of many clones of a tiny guest that do nothing: needs what `claim` needs.
     Density(claim::density::Density),
     /// Memory of a running pod's processes, and sizes of binaries.
@@ -153,13 +159,18 @@ async fn measure(bench: &Bench) -> Result<Report, Error> {
         claim::density::measure(wanted, &mut report)?;
         return Ok(report);
     }
+    if let Command::Apply(wanted) = &bench.command {
+        let mut report = Report::new(&bench.level, claim::facts());
+        apply::measure(wanted, &mut report).await?;
+        return Ok(report);
+    }
     let host = host::Host::connect(&bench.socket).await?;
     let mut report = Report::new(&bench.level, host.facts().await?);
     match &bench.command {
         Command::Pull(pull) => measure_pulls(&host, pull, &mut report).await?,
         Command::Start(start) => measure_starts(&host, start, &mut report).await?,
         // Done above: they need no host.
-        Command::Claim(_) | Command::Density(_) => {}
+        Command::Claim(_) | Command::Apply(_) | Command::Density(_) => {}
         Command::Footprint(wanted) => footprint::measure(&host, wanted, &mut report).await?,
     }
     Ok(report)

@@ -136,12 +136,13 @@ impl Report {
             text += &format!("{p50:>10} {p99:>10} {floor:>10} {ratio:>6.2} {count:>4}  {name}\n");
         }
         if !self.timings.is_empty() {
-            text += &format!("{:>10} {:>10} {:>10} {:>4}\n", "median", "min", "max", "n");
+            let [median, p99, min, max] = ["median", "p99", "min", "max"];
+            text += &format!("{median:>10} {p99:>10} {min:>10} {max:>10} {:>4}\n", "n");
         }
         for samples in &self.timings {
-            let [median, min, max] = figures(samples);
+            let ([median, min, max], p99) = (figures(samples), p99(samples));
             text += &format!(
-                "{median:>10} {min:>10} {max:>10} {:>4}  {}\n",
+                "{median:>10} {p99:>10} {min:>10} {max:>10} {:>4}  {}\n",
                 samples.len(),
                 samples.name
             );
@@ -177,11 +178,12 @@ impl Report {
             text += &format!("| {name} | {p50} | {p99} | {floor} | {ratio:.2} | {count} |\n");
         }
         if !self.timings.is_empty() {
-            text += "\n| what | median | min | max | n |\n|---|---|---|---|---|\n";
+            text += "\n| what | median | p99 | min | max | n |\n|---|---|---|---|---|---|\n";
         }
         for samples in &self.timings {
-            let [median, min, max] = figures(samples);
-            text += &format!("| {} | {median} | {min} | {max} | {} |\n", samples.name, samples.len());
+            let ([median, min, max], p99) = (figures(samples), p99(samples));
+            let (name, n) = (&samples.name, samples.len());
+            text += &format!("| {name} | {median} | {p99} | {min} | {max} | {n} |\n");
         }
         text
     }
@@ -197,6 +199,10 @@ impl Claim {
 /// Median, least and most.
 fn figures(samples: &Samples) -> [String; 3] {
     [(1, 2), (0, 1), (1, 1)].map(|(n, d)| samples.quantile(n, d).map(milliseconds).unwrap_or_default())
+}
+
+fn p99(samples: &Samples) -> String {
+    samples.quantile(99, 100).map(milliseconds).unwrap_or_default()
 }
 
 /// A stage's start, and its durations where it has any.

@@ -19,6 +19,7 @@ use tokio::{
     sync::{mpsc, oneshot},
     task::{AbortHandle, JoinSet},
 };
+use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
 use super::{
@@ -140,6 +141,8 @@ pub(super) struct Actor {
     /// While an earlier flintd's sandbox is being looked for: what was asked of it meanwhile.
     early: Option<Vec<Command>>,
     source: Source,
+    /// That no sandbox is to be made any more.
+    abandoned: CancellationToken,
 }
 
 impl Actor {
@@ -186,6 +189,7 @@ impl Actor {
             turn: Arc::default(),
             early: None,
             source,
+            abandoned: CancellationToken::new(),
         };
         (actor, handle)
     }
@@ -315,6 +319,7 @@ impl Actor {
         match action {
             Action::Pull(container) => self.pull(container),
             Action::Launch => self.launch(),
+            Action::Abandon => self.abandoned.cancel(),
             Action::Run(container, run) => self.run_container(container, run),
             Action::Stop(container) => self.stop(container),
             Action::Kill(container) => {
@@ -410,8 +415,9 @@ impl Actor {
             return self.restore(plan);
         }
         let (context, timeline) = (self.context.clone(), self.timeline.clone());
+        let abandoned = self.abandoned.clone();
         self.spawn(async move {
-            Some(match launch(&context, plan, timeline).await {
+            Some(match launch(&context, plan, &abandoned, timeline).await {
                 Ok(sandbox) => Input::Sandbox(sandbox),
                 Err(error) => Input::Event(Event::Launched(Err(error))),
             })

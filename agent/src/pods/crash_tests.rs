@@ -31,7 +31,7 @@ impl Life {
         self.0.send_replace(true);
     }
 
-    fn is_over(&self) -> bool {
+    pub(super) fn is_over(&self) -> bool {
         *self.0.borrow()
     }
 

@@ -141,6 +141,20 @@ pub(super) struct View {
     life: Life,
 }
 
+/// A start that ends its machine where it is given up. One whose flintd was killed is found by the next.
+struct Unfinished {
+    machine: Option<Machine>,
+    life: Life,
+}
+
+impl Drop for Unfinished {
+    fn drop(&mut self) {
+        if let Some(machine) = self.machine.take().filter(|_| !self.life.is_over()) {
+            machine.die(ExitReason::Stopped, "its start was given up");
+        }
+    }
+}
+
 impl View {
     fn machine(&self, id: &str) -> Option<Machine> {
         self.world.machines.lock().unwrap().get(id).cloned()
@@ -149,7 +163,15 @@ impl View {
     /// A sandbox whose start is completed a while after it began.
     async fn begin(&self, plan: SandboxPlan, machine: Machine, _: Timeline) -> Result<Arc<dyn Sandbox>, SandboxError> {
         self.life.gate().await;
-        self.world.machines.lock().unwrap().insert(plan.id.clone(), machine);
+        self.world
+            .machines
+            .lock()
+            .unwrap()
+            .insert(plan.id.clone(), machine.clone());
+        let mut unfinished = Unfinished {
+            machine: Some(machine),
+            life: self.life.clone(),
+        };
         self.life.gate().await;
         let machine = {
             let mut machines = self.world.machines.lock().unwrap();
@@ -157,6 +179,7 @@ impl View {
             machine.ready = true;
             machine.clone()
         };
+        unfinished.machine = None;
         Ok(self.connect(machine).await)
     }
 

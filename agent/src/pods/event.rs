@@ -76,6 +76,8 @@ pub enum Action {
     Pull(usize),
     /// Make a sandbox with all images mounted; leads to [`Event::Launched`], and at its end to [`Event::SandboxGone`].
     Launch,
+    /// Make no sandbox after all; leads to [`Event::Launched`] with an error, unless it is there already.
+    Abandon,
     /// Create and start a run of a container; leads to `Started` or `StartFailed`, later to `Exited`.
     Run(usize, u32),
     /// Send a container its stop signal.
@@ -100,7 +102,13 @@ impl Action {
             Self::Shutdown | Self::KillSandbox => true,
             // The run before it is removed first.
             Self::Run(_, run) => *run > 0,
-            Self::Pull(_) | Self::Launch | Self::Stop(_) | Self::Kill(_) | Self::Resume | Self::Arm(..) => false,
+            Self::Pull(_)
+            | Self::Launch
+            | Self::Abandon
+            | Self::Stop(_)
+            | Self::Kill(_)
+            | Self::Resume
+            | Self::Arm(..) => false,
         }
     }
 }

@@ -469,8 +469,10 @@ impl Machine {
                 }
                 self.stop_containers(grace, now, actions);
             }
-            // The sandbox's arrival, or its end, finds the wish.
-            Life::Launching | Life::Stopping | Life::Ended => {}
+            // What it was being made for will not run. If it is there already, its arrival finds the wish.
+            Life::Launching => actions.push(Action::Abandon),
+            // The sandbox's end finds it.
+            Life::Stopping | Life::Ended => {}
         }
     }
 

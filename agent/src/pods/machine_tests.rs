@@ -5,6 +5,7 @@ use flint_api::{host::pod_status::Phase, vmm::ExitReason};
 use super::*;
 
 /// A machine with a clock of its own.
+#[derive(Clone)]
 struct Script {
     machine: Machine,
     now: SystemTime,
@@ -306,6 +307,14 @@ fn termination_before_the_sandbox_is_there_ends_the_pod_without_running_anything
         container: 0,
         result: Ok("sha256:1".into()),
     });
+    let mut abandoned = launching.clone();
+    assert_eq!(
+        abandoned.on(Event::Terminate(Duration::from_secs(1))),
+        [Action::Abandon]
+    );
+    abandoned.on(Event::Launched(Err(StepError::new("Terminated", "it was terminated"))));
+    assert_eq!(abandoned.phase(), Phase::Failed);
+
     launching.on(Event::Terminate(Duration::from_secs(1)));
     let actions = launching.on(Event::Launched(Ok(Vec::new())));
     assert!(

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use flint_api::{guest, host};
 use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
 
 use super::{
     Context,
@@ -87,16 +88,17 @@ pub(crate) fn registry(reference: &str) -> &str {
 pub(super) async fn launch(
     context: &Context,
     plan: SandboxPlan,
+    abandoned: &CancellationToken,
     timeline: Timeline,
 ) -> Result<Arc<dyn Sandbox>, StepError> {
     let failed = |message: String| StepError::new("FailedCreatePodSandBox", message);
     let images = plan.images.len();
     let begun = std::time::Instant::now();
-    let sandbox = context
-        .sandboxes
-        .launch(plan, timeline.clone())
+    let launched = abandoned
+        .run_until_cancelled(context.sandboxes.launch(plan, timeline.clone()))
         .await
-        .map_err(|error| failed(error.to_string()))?;
+        .ok_or_else(terminated)?;
+    let sandbox = launched.map_err(|error| failed(error.to_string()))?;
     let stage = timeline.begin("guest.images");
     if let Err(error) = mount_images(&sandbox, images).await {
         sandbox.kill().await;
@@ -108,6 +110,11 @@ pub(super) async fn launch(
     Ok(sandbox)
 }
 
+/// Dropping what makes a sandbox leaves nothing of it behind.
+fn terminated() -> StepError {
+    StepError::new("Terminated", "it was terminated while its sandbox was being made")
+}
+
 /// A sandbox that goes on where a saved pod stood, with its containers; their logs begin where the saved pod's were.
 pub(super) async fn restore(
     context: &Arc<Context>,
@@ -115,6 +122,7 @@ pub(super) async fn restore(
     plan: SandboxPlan,
     record: SavedRecord,
     files: SavedFiles,
+    abandoned: &CancellationToken,
     timeline: Timeline,
 ) -> Result<(Arc<dyn Sandbox>, Vec<guest::ContainerStatus>), StepError> {
     let failed = |message: String| StepError::new("FailedCreatePodSandBox", message);
@@ -137,7 +145,10 @@ pub(super) async fn restore(
         },
         hook,
     };
-    let restored = context.sandboxes.restore(plan, origin, timeline.clone()).await;
+    let restored = abandoned
+        .run_until_cancelled(context.sandboxes.restore(plan, origin, timeline.clone()))
+        .await
+        .ok_or_else(terminated)?;
     let sandbox = restored.map_err(|error| match error {
         RestoreError::Refused(message) => StepError::new(SNAPSHOT_REFUSED, message),
         RestoreError::Hook(message) => StepError::new(AFTER_RESTORE_FAILED, message),

@@ -62,12 +62,13 @@ impl Actor {
         let (waiting, recorded) = oneshot::channel();
         self.source.waiting = Some(waiting);
         let (context, timeline, uid) = (self.context.clone(), self.timeline.clone(), self.uid.clone());
+        let abandoned = self.abandoned.clone();
         self.spawn(async move {
             // The sender goes only with the actor.
             recorded.await.ok()?;
             context.journal.flush().await;
             Some(
-                match steps::restore(&context, &uid, plan, record, files, timeline).await {
+                match steps::restore(&context, &uid, plan, record, files, &abandoned, timeline).await {
                     Ok((sandbox, containers)) => Input::Found(sandbox, containers),
                     Err(error) => Input::Event(Event::Launched(Err(error))),
                 },
