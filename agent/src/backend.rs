@@ -10,7 +10,7 @@ use flint_api::{
     vmm::{self, ExitReason},
 };
 use thiserror::Error;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tonic::{async_trait, transport::Channel};
 
 use crate::{hook::Hook, probe::KvmKind, saved::SavedFiles, timeline::Timeline};
@@ -149,6 +149,8 @@ pub enum TakeOver {
 /// Makes sandboxes.
 #[async_trait]
 pub trait Sandboxes: Send + Sync + 'static {
+    /// What lies ready for pods to come.
+    fn pool(&self) -> Ready;
     /// Whether a sandbox could be launched now, and on what kind of KVM; an error says what is missing and what to do. Cheap.
     async fn ready(&self) -> Result<KvmKind, SandboxError>;
     /// Starts a sandbox whose guest has taken its identity and waits for containers. An error leaves nothing behind.
@@ -165,6 +167,15 @@ pub trait Sandboxes: Send + Sync + 'static {
     async fn take_over(&self, id: &str) -> Result<TakeOver, SandboxError>;
     /// Ends every sandbox on this host that is not among `known`: an earlier flintd died before it could note them.
     async fn end_unknown(&self, known: &HashSet<String>) -> Result<(), SandboxError>;
+}
+
+/// Clones that are parked.
+#[derive(Clone, Debug)]
+pub struct Ready {
+    /// How many there should be.
+    pub size: usize,
+    /// How many there are.
+    pub parked: watch::Receiver<usize>,
 }
 
 /// One running sandbox.

@@ -8,7 +8,7 @@ use flint_api::host::images_client::ImagesClient;
 use flint_api::host::pods_client::PodsClient;
 use flint_api::host::{
     ApplyPodRequest, Container, ForgetPodRequest, GetHostRequest, Image, ImagePullPolicy, Pod, PodMeta, PodSpec,
-    PullRequest, RemoveImageRequest, RestartPolicy, Stage, TerminatePodRequest, WatchPodsRequest, pod_status::Phase,
+    PullRequest, RemoveImageRequest, RestartPolicy, Stage, TerminatePodRequest, WatchHostRequest, WatchPodsRequest, pod_status::Phase,
 };
 use hyper_util::rt::TokioIo;
 use tokio::net::UnixStream;
@@ -20,6 +20,8 @@ use crate::report::Report;
 use crate::samples::{Samples, StageSamples};
 
 const CONTAINER: &str = "main";
+/// How long it may take to fill a pool.
+const PATIENCE: Duration = Duration::from_secs(120);
 
 /// A connection to flintd.
 pub struct Host {
@@ -48,6 +50,23 @@ impl Host {
             ("kvm".into(), info.kvm),
             ("load".into(), load.trim().to_owned()),
         ])
+    }
+
+    /// Waits until as many clones are parked as there should be.
+    pub async fn pool_is_full(&self) -> Result<(), Error> {
+        let mut client = HostClient::new(self.channel.clone());
+        let mut hosts = client.watch_host(WatchHostRequest {}).await?.into_inner();
+        let full = async {
+            while let Some(host) = hosts.message().await? {
+                let pool = host.pool.unwrap_or_default();
+                if pool.parked >= pool.size {
+                    return Ok(());
+                }
+            }
+            Err("flintd ended the watch".into())
+        };
+        let waited = tokio::time::timeout(PATIENCE, full).await;
+        waited.unwrap_or_else(|_| Err(format!("the pool is not full after {PATIENCE:?}; see flintd's log").into()))
     }
 
     /// Removes an image if it is here.

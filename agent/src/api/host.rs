@@ -10,7 +10,7 @@ use super::{
     Answers, Api,
     fault::{bad_field, fault, fault_retry},
 };
-use crate::{host::LeaseError, pods::duration};
+use crate::{backend::Ready, host::LeaseError, pods::duration};
 
 impl From<LeaseError> for Status {
     fn from(error: LeaseError) -> Self {
@@ -33,9 +33,16 @@ impl Api {
             Ok(kind) => (kind.word().into(), String::new()),
             Err(error) => ("none".into(), error),
         };
+        let Ready { size, parked } = context.sandboxes.pool();
+        let count = |count: usize| u32::try_from(count).unwrap_or(u32::MAX);
+        let pool = host::Pool {
+            size: count(size),
+            parked: count(*parked.borrow()),
+        };
         host::HostInfo {
             kvm,
             not_ready,
+            pool: Some(pool),
             allocated: Some(context.ledger.allocated()),
             draining: self.control.draining(),
             ..(*self.info).clone()
@@ -52,9 +59,12 @@ impl Host for Api {
     type WatchHostStream = Answers<host::HostInfo>;
 
     async fn watch_host(&self, _: Request<host::WatchHostRequest>) -> Result<Response<Self::WatchHostStream>, Status> {
-        // The channel holds a version only: a slow client misses states in between, never the last one.
-        let changes = WatchStream::new(self.pods.context().host_changed.subscribe());
-        let api = self.clone();
+        // The channels hold the last state only: a slow client misses states in between, never the last one.
+        let context = self.pods.context();
+        let pods = WatchStream::new(context.host_changed.subscribe()).map(|_| ());
+        // The first state comes with the other stream's.
+        let pool = WatchStream::from_changes(context.sandboxes.pool().parked).map(|_| ());
+        let (changes, api) = (pods.merge(pool), self.clone());
         Ok(Response::new(Box::pin(changes.then(move |_| {
             let api = api.clone();
             async move { Ok(api.host_info().await) }

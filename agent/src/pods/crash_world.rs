@@ -30,7 +30,7 @@ use tonic::{
 use super::crash_tests::Life;
 use crate::{
     backend::{
-        ImageError, ImageInfo, Images, Origin, PullOrder, RestoreError, Sandbox, SandboxError, SandboxExit,
+        ImageError, ImageInfo, Images, Origin, PullOrder, Ready, RestoreError, Sandbox, SandboxError, SandboxExit,
         SandboxPlan, Sandboxes, SaveError, SavedMachine, Stopped, TakeOver,
     },
     probe::KvmKind,
@@ -210,6 +210,12 @@ impl View {
 
 #[async_trait]
 impl Sandboxes for View {
+    fn pool(&self) -> Ready {
+        Ready {
+            size: 0,
+            parked: watch::channel(0).1,
+        }
+    }
     async fn ready(&self) -> Result<KvmKind, SandboxError> {
         Ok(KvmKind::Native)
     }

@@ -9,7 +9,7 @@ use tracing::warn;
 
 use crate::{
     backend::{
-        Origin, RestoreError, Sandbox, SandboxError, SandboxExit, SandboxPlan, Sandboxes, SaveError, Stopped, TakeOver,
+        Origin, Ready, RestoreError, Sandbox, SandboxError, SandboxExit, SandboxPlan, Sandboxes, SaveError, Stopped, TakeOver,
     },
     chain,
     probe::KvmKind,
@@ -117,6 +117,10 @@ impl MicroVms {
 
 #[async_trait]
 impl Sandboxes for MicroVms {
+    fn pool(&self) -> Ready {
+        self.manager.pool().ready()
+    }
+
     async fn ready(&self) -> Result<KvmKind, SandboxError> {
         let ready = self.manager.ready().await;
         ready.map_err(|error| SandboxError(chain(&error)))

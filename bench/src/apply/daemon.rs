@@ -5,7 +5,6 @@ use std::io::{self, BufRead, BufReader};
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStderr, Command, Stdio};
-use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
@@ -18,10 +17,8 @@ use tempfile::TempDir;
 
 use crate::Error;
 
-/// How long anything may take: a template, a pool, a guest's port write.
+/// How long a guest's port write may take.
 const PATIENCE: Duration = Duration::from_secs(60);
-/// What flintd says in its log.
-const FULL: &str = "the pool is full";
 /// Lines of its log that an error comes with.
 const TAIL_LINES: usize = 20;
 
@@ -29,7 +26,6 @@ const TAIL_LINES: usize = 20;
 pub struct Daemon {
     folder: TempDir,
     child: Child,
-    full: Receiver<()>,
     tail: Arc<Mutex<Vec<String>>>,
     reader: Option<JoinHandle<()>>,
 }
@@ -59,14 +55,12 @@ impl Daemon {
         command.arg("--stop-pods").stdin(Stdio::null());
         let child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn();
         let mut child = child.map_err(|error| format!("cannot run {}: {error}", flintd.display()))?;
-        let (tell, full) = channel();
         let tail = Arc::default();
-        let reader = child.stderr.take().map(|log| read(log, tell, Arc::clone(&tail)));
+        let reader = child.stderr.take().map(|log| read(log, Arc::clone(&tail)));
         let ready = child.stdout.take();
         let daemon = Self {
             folder,
             child,
-            full,
             tail,
             reader,
         };
@@ -81,13 +75,6 @@ impl Daemon {
 
     pub fn socket(&self) -> PathBuf {
         self.folder.path().join("run/flintd.sock")
-    }
-
-    /// Waits until the pool is full once more.
-    pub fn pool_is_full(&self) -> Result<(), Error> {
-        self.full
-            .recv_timeout(PATIENCE)
-            .map_err(|_| format!("the pool is not full after {PATIENCE:?}").into())
     }
 
     /// The consoles of all that is there now.
@@ -140,13 +127,9 @@ impl Consoles {
 }
 
 /// Reads flintd's log on a thread of its own, so that flintd never waits.
-fn read(log: ChildStderr, full: Sender<()>, tail: Arc<Mutex<Vec<String>>>) -> JoinHandle<()> {
+fn read(log: ChildStderr, tail: Arc<Mutex<Vec<String>>>) -> JoinHandle<()> {
     thread::spawn(move || {
         for line in BufReader::new(log).lines().map_while(Result::ok) {
-            if line.contains(FULL) {
-                // Nobody may listen any more.
-                let _ = full.send(());
-            }
             let mut tail = tail.lock().unwrap_or_else(PoisonError::into_inner);
             if tail.len() == TAIL_LINES {
                 tail.remove(0);

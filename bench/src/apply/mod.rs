@@ -6,7 +6,7 @@
 //! ```
 //!
 //! The guest speaks no gRPC, so its pod never runs: it is ended once it has told. The port write goes to the sandbox's console,
-//! a file that is watched from before the call; flintd says in its log when the pool is full again.
+//! a file that is watched from before the call.
 
 mod daemon;
 mod guest;
@@ -56,7 +56,7 @@ async fn starts(wanted: &Applies, daemon: &Daemon, report: &mut Report) -> Resul
     let mut starts = Samples::new("ApplyPod sent until the guest's first port write");
     let mut stages = Stages::default();
     for run in 0..=wanted.runs {
-        daemon.pool_is_full()?;
+        host.pool_is_full().await?;
         let consoles = daemon.consoles()?;
         let seen = thread::spawn(move || consoles.written());
         let sent = Instant::now();

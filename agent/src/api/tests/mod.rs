@@ -443,7 +443,12 @@ async fn a_stale_lease_is_fenced_off_and_a_draining_host_takes_no_pods() {
         .unwrap();
     flintd.pods().apply_pod(request).await.unwrap();
     let mut hosts = client.watch_host(host::WatchHostRequest {}).await.unwrap().into_inner();
-    assert_eq!(hosts.message().await.unwrap().unwrap().allocated.unwrap().pods, 1);
+    let host = hosts.message().await.unwrap().unwrap();
+    assert_eq!(host.allocated.unwrap().pods, 1);
+    assert_eq!(host.pool, Some(host::Pool { size: 2, parked: 0 }));
+    flintd.sandboxes.parked.send_replace(2);
+    let host = hosts.message().await.unwrap().unwrap();
+    assert_eq!(host.pool, Some(host::Pool { size: 2, parked: 2 }));
 }
 
 #[tokio::test]

@@ -31,7 +31,7 @@ use tonic::{
 
 use crate::{
     backend::{
-        ImageConfig, ImageError, ImageInfo, Images, Origin, PullOrder, RestoreError, Sandbox, SandboxError,
+        ImageConfig, ImageError, ImageInfo, Images, Origin, PullOrder, Ready, RestoreError, Sandbox, SandboxError,
         SandboxExit, SandboxPlan, Sandboxes, SaveError, SavedMachine, Stopped, TakeOver,
     },
     saved::SavedFiles,
@@ -412,6 +412,8 @@ impl Sandbox for ScriptedSandbox {
 pub(super) struct ScriptedSandboxes {
     pub(super) guest: ScriptedGuest,
     pub(super) plans: Arc<Mutex<Vec<SandboxPlan>>>,
+    /// How many are parked, of two.
+    pub(super) parked: Arc<watch::Sender<usize>>,
 }
 
 impl ScriptedSandboxes {
@@ -438,6 +440,12 @@ impl ScriptedSandboxes {
 
 #[async_trait]
 impl Sandboxes for ScriptedSandboxes {
+    fn pool(&self) -> Ready {
+        Ready {
+            size: 2,
+            parked: self.parked.subscribe(),
+        }
+    }
     async fn ready(&self) -> Result<crate::probe::KvmKind, SandboxError> {
         Ok(crate::probe::KvmKind::Native)
     }

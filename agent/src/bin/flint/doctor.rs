@@ -37,7 +37,13 @@ async fn flintd(client: Result<Client, Failure>) -> Check {
     };
     match answer.map(tonic::Response::into_inner) {
         Ok(host) if host.not_ready.is_empty() => {
-            Check::good(NAME, format!("version {} answers and can start pods", host.version))
+            let pool = host.pool.unwrap_or_default();
+            let parked = match pool.size {
+                0 => String::new(),
+                size => format!("; {} of {size} clones are parked for them", pool.parked),
+            };
+            let found = format!("version {} answers and can start pods{parked}", host.version);
+            Check::good(NAME, found)
         }
         Ok(host) => {
             let (found, remedy) = host.not_ready.rsplit_once("; ").unwrap_or((&host.not_ready, REMEDY));

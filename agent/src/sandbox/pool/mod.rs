@@ -49,7 +49,7 @@ use self::{
     shape::Shape,
 };
 use super::{SandboxError, SandboxSpec, means::Means, supervisor::End};
-use crate::timeline::Timeline;
+use crate::{backend::Ready, timeline::Timeline};
 
 /// One address in so many may lie parked: the others are the pods'.
 const ADDRESS_SHARE: usize = 8;
@@ -153,11 +153,19 @@ impl Pool {
         *self.shared.count.borrow()
     }
 
+    /// How many should be, and are.
+    pub fn ready(&self) -> Ready {
+        Ready {
+            size: self.shared.size,
+            parked: self.shared.count.subscribe(),
+        }
+    }
+
     /// Waits until the pool is full.
     pub async fn filled(&self) {
-        let mut count = self.shared.count.subscribe();
+        let Ready { size, mut parked } = self.ready();
         // The sender lives as long as this.
-        let _ = count.wait_for(|count| *count >= self.shared.size).await;
+        let _ = parked.wait_for(|parked| *parked >= size).await;
     }
 
     /// A handle that drains the pool when its owner has been given away.
