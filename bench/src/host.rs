@@ -8,7 +8,8 @@ use flint_api::host::images_client::ImagesClient;
 use flint_api::host::pods_client::PodsClient;
 use flint_api::host::{
     ApplyPodRequest, Container, ForgetPodRequest, GetHostRequest, Image, ImagePullPolicy, Pod, PodMeta, PodSpec,
-    PullRequest, RemoveImageRequest, RestartPolicy, Stage, TerminatePodRequest, WatchHostRequest, WatchPodsRequest, pod_status::Phase,
+    PullRequest, RemoveImageRequest, RestartPolicy, Stage, TerminatePodRequest, WatchHostRequest, WatchPodsRequest,
+    pod_status::Phase,
 };
 use hyper_util::rt::TokioIo;
 use tokio::net::UnixStream;
@@ -16,14 +17,14 @@ use tonic::Code;
 use tonic::transport::{Channel, Endpoint, Uri};
 
 use crate::Error;
-use crate::report::Report;
-use crate::samples::{Samples, StageSamples};
 
-const CONTAINER: &str = "main";
+/// What the container of each pod is called.
+pub const CONTAINER: &str = "main";
 /// How long it may take to fill a pool.
 const PATIENCE: Duration = Duration::from_secs(120);
 
-/// A connection to flintd.
+/// A connection to flintd. Clones are the same connection.
+#[derive(Clone)]
 pub struct Host {
     channel: Channel,
 }
@@ -221,117 +222,4 @@ async fn channel(socket: std::path::PathBuf) -> Result<Channel, tonic::transport
     Endpoint::from_static("http://flintd")
         .connect_with_connector(connector)
         .await
-}
-
-/// The stages of many starts.
-#[derive(Debug, Default)]
-pub struct Stages(Vec<StageSamples>);
-
-impl Stages {
-    pub fn add(&mut self, timeline: &[Stage]) -> Result<(), Error> {
-        for stage in timeline {
-            let (start, duration) = (span(stage.start)?, span(stage.duration)?);
-            match self.0.iter_mut().find(|samples| samples.name() == stage.name) {
-                Some(samples) => samples.push(start, duration),
-                None => {
-                    let mut samples = StageSamples::new(&stage.name);
-                    samples.push(start, duration);
-                    self.0.push(samples);
-                }
-            }
-        }
-        Ok(())
-    }
-
-    /// Puts them into the report.
-    pub fn finish(self, report: &mut Report) {
-        self.0.into_iter().for_each(|stage| report.add_stage(stage));
-    }
-}
-
-/// Samples of many starts to their first output.
-#[derive(Debug, Default)]
-pub struct Starts {
-    stages: Stages,
-    boots: Option<Samples>,
-    outputs: Option<Samples>,
-}
-
-impl Starts {
-    pub fn add(&mut self, timeline: &[Stage]) -> Result<(), Error> {
-        self.stages.add(timeline)?;
-        let boot = end_of(timeline, "vmm.boot")?.saturating_sub(start_of(timeline, "vmm.spawn")?);
-        let name = "Flint: spawn until flint-init is ready";
-        self.boots.get_or_insert_with(|| Samples::new(name)).push(boot);
-        let output = end_of(timeline, &format!("container.{CONTAINER}.first-output"))?;
-        let name = "Flint: pod accepted until first output";
-        self.outputs.get_or_insert_with(|| Samples::new(name)).push(output);
-        Ok(())
-    }
-
-    /// Puts everything into the report; the median from spawn until flint-init is ready.
-    pub fn finish(self, report: &mut Report) -> Option<Duration> {
-        let boot = self.boots.as_ref().and_then(Samples::median);
-        self.stages.finish(report);
-        self.boots
-            .into_iter()
-            .chain(self.outputs)
-            .for_each(|samples| report.add(samples));
-        boot
-    }
-}
-
-fn find<'a>(timeline: &'a [Stage], name: &str) -> Result<&'a Stage, Error> {
-    timeline
-        .iter()
-        .find(|stage| stage.name == name)
-        .ok_or_else(|| format!("the timeline has no stage {name}").into())
-}
-
-fn start_of(timeline: &[Stage], name: &str) -> Result<Duration, Error> {
-    span(find(timeline, name)?.start)
-}
-
-fn end_of(timeline: &[Stage], name: &str) -> Result<Duration, Error> {
-    let stage = find(timeline, name)?;
-    Ok(span(stage.start)? + span(stage.duration)?)
-}
-
-fn span(duration: Option<prost_types::Duration>) -> Result<Duration, Error> {
-    Ok(Duration::try_from(duration.unwrap_or_default())?)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn boundaries_come_from_the_stages_that_mark_them() {
-        let span = |ms: i32| {
-            Some(prost_types::Duration {
-                seconds: 0,
-                nanos: ms * 1_000_000,
-            })
-        };
-        let stage = |name: &str, start, duration| Stage {
-            name: name.into(),
-            start: span(start),
-            duration: span(duration),
-        };
-        let timeline = [
-            stage("vmm.spawn", 5, 3),
-            stage("vmm.boot", 10, 90),
-            stage("container.main.first-output", 120, 30),
-        ];
-        let mut starts = Starts::default();
-
-        starts.add(&timeline).unwrap();
-
-        assert_eq!(starts.boots.unwrap().median(), Some(Duration::from_millis(95)));
-        assert_eq!(starts.outputs.unwrap().median(), Some(Duration::from_millis(150)));
-        assert!(
-            Starts::default().add(&timeline[..1]).is_err(),
-            "a timeline without its stages is no sample"
-        );
-    }
 }

@@ -1,8 +1,10 @@
 //! `flint-bench`: what starts cost, stage by stage, beside peers on the same host.
 //!
 //! ```text
+//! start      pods to their first output, beside a peer, and many at once
 //! host       drives flintd as any client does: pull, start to first output, remove
-//! qemu       the peer: QEMU's microvm machine, same kernel, same initrd, same boundary
+//! timeline   what flintd says of a start
+//! qemu       the peer: QEMU's microvm machine, same kernel, same initrd, booted or restored
 //! claim      flint-vmm alone: from the claim of a clone to its first port write, beside what KVM alone needs
 //! apply      all of flintd on the way: from ApplyPod to a clone's first port write
 //! density    memory of many clones that do nothing (in claim/)
@@ -21,6 +23,8 @@ mod host;
 mod qemu;
 mod report;
 mod samples;
+mod start;
+mod timeline;
 mod tiny;
 
 use std::path::PathBuf;
@@ -71,8 +75,8 @@ enum Format {
 enum Command {
     /// Pull an image that is not here, again and again.
     Pull(Pull),
-    /// Start pods to their first output, and boot a peer in turn.
-    Start(Start),
+    /// Start pods to their first output, one after the other with a peer in turn, and at once.
+    Start(start::Start),
     /// Claim clones of a tiny guest: needs no flintd and no Linux guest, but root and /dev/kvm.
     Claim(claim::Claims),
     /// Start pods of a tiny guest through a flintd of this program's own: needs root, /dev/kvm, nft, and the image's registry.
@@ -90,30 +94,6 @@ struct Pull {
     runs: u32,
     /// The image; it is removed before each run.
     image: String,
-}
-
-#[derive(Debug, Args)]
-struct Start {
-    /// Counted runs of each; one more comes first and is not counted.
-    #[arg(short = 'n', long, default_value_t = 10)]
-    runs: u32,
-    /// Also boot QEMU's microvm, in turn with the pods.
-    #[arg(long, requires_all = ["kernel", "initrd"])]
-    qemu: Option<PathBuf>,
-    /// The guest kernel that flintd uses.
-    #[arg(long, env = "FLINT_KERNEL")]
-    kernel: Option<PathBuf>,
-    /// The initrd that flintd uses.
-    #[arg(long, env = "FLINT_INITRD")]
-    initrd: Option<PathBuf>,
-    /// The kernel's command line for the peer.
-    #[arg(long, default_value = qemu::CMDLINE)]
-    cmdline: String,
-    /// The image; its program must print something.
-    image: String,
-    /// The program.
-    #[arg(last = true, default_values = ["echo", "ready"])]
-    command: Vec<String>,
 }
 
 #[derive(Debug, Args)]
@@ -168,7 +148,7 @@ async fn measure(bench: &Bench) -> Result<Report, Error> {
     let mut report = Report::new(&bench.level, host.facts().await?);
     match &bench.command {
         Command::Pull(pull) => measure_pulls(&host, pull, &mut report).await?,
-        Command::Start(start) => measure_starts(&host, start, &mut report).await?,
+        Command::Start(wanted) => start::measure(&host, wanted, &mut report).await?,
         // Done above: they need no host.
         Command::Claim(_) | Command::Apply(_) | Command::Density(_) => {}
         Command::Footprint(wanted) => footprint::measure(&host, wanted, &mut report).await?,
@@ -191,43 +171,6 @@ async fn measure_pulls(host: &host::Host, pull: &Pull, report: &mut Report) -> R
         }
     }
     report.add(samples);
-    Ok(())
-}
-
-async fn measure_starts(host: &host::Host, start: &Start, report: &mut Report) -> Result<(), Error> {
-    host.pull(&start.image).await?;
-    let peer = match (&start.qemu, &start.kernel, &start.initrd) {
-        (Some(qemu), Some(kernel), Some(initrd)) => Some(qemu::Machine {
-            qemu,
-            kernel,
-            initrd,
-            cmdline: &start.cmdline,
-        }),
-        _ => None,
-    };
-    if peer.is_none() {
-        report.fact("peers", "QEMU microvm: not asked for (--qemu)");
-    }
-    let mut starts = host::Starts::default();
-    let mut boots = Samples::new("QEMU microvm: spawn until flint-init is ready");
-    for run in 0..=start.runs {
-        let timeline = host.start(&start.image, &start.command).await?;
-        let boot = peer.as_ref().map(qemu::Machine::boot).transpose()?;
-        if run > 0 {
-            starts.add(&timeline)?;
-            boot.into_iter().for_each(|boot| boots.push(boot));
-        }
-        report.progress(run, start.runs);
-    }
-    let ours = starts.finish(report);
-    if let (Some(ours), Some(theirs)) = (ours, boots.median()) {
-        let ratio = ours.as_secs_f64() / theirs.as_secs_f64();
-        report.fact(
-            "ratio",
-            format!("spawn until flint-init is ready, Flint / QEMU microvm, medians: {ratio:.2}"),
-        );
-        report.add(boots);
-    }
     Ok(())
 }
 

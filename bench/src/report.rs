@@ -56,6 +56,14 @@ impl Report {
         self.facts.push((name.to_owned(), fact.into()));
     }
 
+    /// How one time compares with another, if both were taken.
+    pub fn ratio(&mut self, what: &str, ours: Option<Duration>, theirs: Option<Duration>) {
+        if let (Some(ours), Some(theirs)) = (ours, theirs) {
+            let ratio = ours.as_secs_f64() / theirs.as_secs_f64();
+            self.fact("ratio", format!("{what}, medians: {ratio:.2}"));
+        }
+    }
+
     /// A number of bytes.
     pub fn amount(&mut self, name: impl Into<String>, bytes: u64) {
         self.amounts.push((name.into(), bytes));

@@ -9,7 +9,8 @@ use tracing::warn;
 
 use crate::{
     backend::{
-        Origin, Ready, RestoreError, Sandbox, SandboxError, SandboxExit, SandboxPlan, Sandboxes, SaveError, Stopped, TakeOver,
+        Origin, Ready, RestoreError, Sandbox, SandboxError, SandboxExit, SandboxPlan, Sandboxes, SaveError, Stopped,
+        TakeOver,
     },
     chain,
     probe::KvmKind,

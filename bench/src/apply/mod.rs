@@ -20,9 +20,10 @@ use flint_api::host::Stage;
 
 use self::daemon::Daemon;
 use crate::Error;
-use crate::host::{Host, Stages};
+use crate::host::Host;
 use crate::report::Report;
 use crate::samples::Samples;
+use crate::timeline::{self, Stages};
 
 /// What to measure.
 #[derive(Debug, Args)]
@@ -76,7 +77,6 @@ async fn starts(wanted: &Applies, daemon: &Daemon, report: &mut Report) -> Resul
 }
 
 fn is_clone(timeline: &[Stage]) -> Result<(), Error> {
-    let claimed = timeline.iter().any(|stage| stage.name == "pool.claim");
-    let outcome = claimed.then_some(());
+    let outcome = timeline::has(timeline, "pool.claim").then_some(());
     outcome.ok_or_else(|| format!("a pod was no clone of the pool: {timeline:?}").into())
 }
