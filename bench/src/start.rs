@@ -36,6 +36,10 @@ pub struct Start {
     /// The kernel's command line for the peer.
     #[arg(long, default_value = qemu::CMDLINE)]
     cmdline: String,
+    /// The peer's memory, in MiB: a guest with more of it has more to set up. The default is what flintd gives a pod that asks for
+    /// nothing.
+    #[arg(long, default_value_t = 320, value_name = "MIB")]
+    memory: u32,
     /// The image; its program must print something.
     image: String,
     /// The program.
@@ -50,6 +54,7 @@ impl Start {
             kernel: self.kernel.as_ref()?,
             initrd: self.initrd.as_ref()?,
             cmdline: &self.cmdline,
+            memory_mib: self.memory,
         })
     }
 }

@@ -29,8 +29,6 @@ use crate::Error;
 
 /// What flintd tells the guest's kernel, less what only its own devices need.
 pub const CMDLINE: &str = "console=ttyS0 quiet panic=-1 pci=off";
-/// What a sandbox of flintd has when its pod asks for nothing: a guest with more memory has more to set up.
-const MEMORY_MIB: &str = "320";
 /// Any context id will do; only one machine runs at a time.
 const GUEST_CID: u32 = 5005;
 /// VMADDR_CID_ANY (vsock(7)).
@@ -44,6 +42,7 @@ pub struct Machine<'a> {
     /// It must leave the end of its last page free for QEMU's ACPI tables; those of hack/build do.
     pub initrd: &'a Path,
     pub cmdline: &'a str,
+    pub memory_mib: u32,
 }
 
 impl Machine<'_> {
@@ -95,7 +94,7 @@ impl Machine<'_> {
             ])
             .args([
                 "-m",
-                MEMORY_MIB,
+                &self.memory_mib.to_string(),
                 "-smp",
                 "1",
                 "-nodefaults",
@@ -152,22 +151,26 @@ fn uri(folder: &TempDir) -> String {
     format!("file:{}", folder.path().join("machine").display())
 }
 
-/// Asks flint-init something, and waits for its answer.
+/// Asks flint-init something until it answers. A restored guest is told that its host is another one, and cuts off the connections
+/// that it has when it hears of it: a first one may be among them.
 async fn answer() -> Result<(), Error> {
+    let limit = Duration::from_millis(LIMIT_MS.into());
+    let answered = tokio::time::timeout(limit, async { while ask().await.is_err() {} }).await;
+    answered.map_err(|_| "QEMU's restored guest did not answer within a minute".into())
+}
+
+async fn ask() -> Result<(), Error> {
     let connector = tower::service_fn(|_| async {
         let address = tokio_vsock::VsockAddr::new(GUEST_CID, flint_api::guest::PORT);
         VsockStream::connect(address).await.map(TokioIo::new)
     });
-    let endpoint = Endpoint::from_static("http://guest");
-    let asked = async {
-        let channel = endpoint.connect_with_connector(connector).await?;
-        let mut guest = GuestClient::new(channel);
-        guest.list_containers(ListContainersRequest {}).await?;
-        Ok::<_, Error>(())
-    };
-    let limit = Duration::from_millis(LIMIT_MS.into());
-    let answered = tokio::time::timeout(limit, asked).await;
-    answered.map_err(|_| "QEMU's restored guest did not answer within a minute")?
+    let channel = Endpoint::from_static("http://guest")
+        .connect_with_connector(connector)
+        .await?;
+    GuestClient::new(channel)
+        .list_containers(ListContainersRequest {})
+        .await?;
+    Ok(())
 }
 
 /// A machine that does not outlive its measurement.
