@@ -69,7 +69,7 @@ impl Daemon {
         if line.starts_with("ready") {
             Ok(daemon)
         } else {
-            Err(daemon.explain("flintd did not start".into()))
+            Err(daemon.explain(&"flintd did not start".into()))
         }
     }
 
@@ -87,7 +87,7 @@ impl Daemon {
     }
 
     /// The error, with what flintd had to say last.
-    pub fn explain(&self, error: Error) -> Error {
+    pub fn explain(&self, error: &Error) -> Error {
         let tail = self.tail.lock().unwrap_or_else(PoisonError::into_inner);
         format!("{error}\nflintd's log ends with:\n{}", tail.join("\n")).into()
     }

@@ -48,7 +48,7 @@ pub struct Applies {
 pub async fn measure(wanted: &Applies, report: &mut Report) -> Result<(), Error> {
     let daemon = Daemon::start(&wanted.flintd, &wanted.vmm, &guest::kernel(), wanted.pool)?;
     let outcome = starts(wanted, &daemon, report).await;
-    outcome.map_err(|error| daemon.explain(error))
+    outcome.map_err(|error| daemon.explain(&error))
 }
 
 async fn starts(wanted: &Applies, daemon: &Daemon, report: &mut Report) -> Result<(), Error> {
