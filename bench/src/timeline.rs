@@ -68,8 +68,7 @@ impl Boundaries {
     }
 }
 
-/// Whether a start had that stage.
-pub fn has(timeline: &[Stage], name: &str) -> bool {
+fn has(timeline: &[Stage], name: &str) -> bool {
     timeline.iter().any(|stage| stage.name == name)
 }
 

@@ -2,13 +2,14 @@
 
 use std::fs::{self, File};
 use std::io::{self, BufRead, BufReader};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStderr, Command, Stdio};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
+use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
 use nix::sys::signal::{Signal, kill};
@@ -81,7 +82,11 @@ impl Daemon {
     pub fn consoles(&self) -> Result<Consoles, Error> {
         let watch = Inotify::init(InitFlags::IN_CLOEXEC | InitFlags::IN_NONBLOCK)?;
         for sandbox in fs::read_dir(self.folder.path().join("run/sandboxes"))? {
-            watch.add_watch(&sandbox?.path().join("serial.log"), AddWatchFlags::IN_MODIFY)?;
+            match watch.add_watch(&sandbox?.path().join("serial.log"), AddWatchFlags::IN_MODIFY) {
+                // That of the last run is on its way out.
+                Err(Errno::ENOENT) => {}
+                watched => drop(watched?),
+            }
         }
         Ok(Consoles(watch))
     }
@@ -115,14 +120,18 @@ pub struct Consoles(Inotify);
 impl Consoles {
     /// When something was written on one.
     pub fn written(self) -> io::Result<Instant> {
-        let fd = OwnedFd::from(self.0);
         let patience = PollTimeout::try_from(PATIENCE).unwrap_or(PollTimeout::MAX);
-        let written = poll(&mut [PollFd::new(fd.as_fd(), PollFlags::POLLIN)], patience)?;
-        let now = Instant::now();
-        if written == 0 {
-            return Err(io::Error::other("no clone has written anything"));
+        loop {
+            if poll(&mut [PollFd::new(self.0.as_fd(), PollFlags::POLLIN)], patience)? == 0 {
+                return Err(io::Error::other("no clone has written anything"));
+            }
+            let now = Instant::now();
+            // That one is removed is told as well.
+            let events = self.0.read_events()?;
+            if events.iter().any(|event| event.mask.contains(AddWatchFlags::IN_MODIFY)) {
+                return Ok(now);
+            }
         }
-        Ok(now)
     }
 }
 
