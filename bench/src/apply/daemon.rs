@@ -39,7 +39,7 @@ impl Daemon {
         fs::write(path("kernel"), kernel)?;
         // The guest has no use for it.
         fs::write(path("initrd"), "none")?;
-        // A program is not looked for beside this one, but where it was named.
+        // flintd takes it for a file and looks nowhere else.
         let vmm = fs::canonicalize(vmm).map_err(|error| format!("flint-vmm, {}: {error}", vmm.display()))?;
         let mut command = Command::new(flintd);
         for (option, value) in [

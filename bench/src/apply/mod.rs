@@ -36,8 +36,8 @@ pub struct Applies {
     /// flintd.
     #[arg(long, default_value = "flintd", value_name = "PATH")]
     flintd: PathBuf,
-    /// flint-vmm.
-    #[arg(long, env = "FLINT_VMM", default_value = "flint-vmm", value_name = "PATH")]
+    /// flint-vmm, where flintd looks for it.
+    #[arg(long, env = "FLINT_VMM", default_value = "/usr/bin/flint-vmm", value_name = "FILE")]
     vmm: PathBuf,
     /// The pods' image; nothing in it is run.
     image: String,
