@@ -14,6 +14,7 @@ pub mod acpi;
 pub mod boot;
 pub mod bus;
 pub mod control;
+pub mod descriptors;
 pub mod dial;
 pub mod exit;
 pub mod jail;

@@ -9,6 +9,7 @@ use std::time::Instant;
 use clap::Parser;
 use flint_api::vmm::ExitReason;
 use flint_vmm::control::{End, Server, commands};
+use flint_vmm::descriptors::{self, NotOpen};
 use flint_vmm::dial;
 use flint_vmm::exit::{Exit, ExitLatch, on_lost_memory};
 use flint_vmm::jail::{self, Confine, Placed};
@@ -46,8 +47,8 @@ struct Arguments {
 
 #[derive(Debug, Error)]
 enum Error {
-    #[error("--{name} {fd}: not an open file descriptor of this process above 2, or named twice")]
-    Descriptor { name: &'static str, fd: RawFd },
+    #[error(transparent)]
+    Descriptor(#[from] NotOpen),
     #[error("opening /dev/kvm: is KVM loaded, and may this user open it? `flint doctor` tells more")]
     Kvm(#[source] kvm_ioctls::Error),
     #[error(transparent)]
@@ -63,10 +64,13 @@ fn main() -> ExitCode {
     let arguments = Arguments::parse();
     std::panic::set_hook(Box::new(|info| eprintln!("flint-vmm: {info}")));
     share_one_heap();
-    let (listener, mut exit_file) = match descriptors(&arguments) {
-        Ok(pair) => pair,
-        Err(error) => return report(&arguments.id, &error),
+    let named = [("control-fd", arguments.control_fd), ("exit-fd", arguments.exit_fd)];
+    // SAFETY: nothing was opened above standard error before this.
+    let [listener, exit_file] = match unsafe { descriptors::take(named) } {
+        Ok(taken) => taken,
+        Err(error) => return report(&arguments.id, &error.into()),
     };
+    let mut exit_file = File::from(exit_file);
     if let Err(source) = on_lost_memory(exit_file.as_fd()) {
         let what = "installing the handler of SIGBUS";
         return report(&arguments.id, &Error::Host { what, source });
@@ -91,26 +95,6 @@ fn main() -> ExitCode {
 fn share_one_heap() {
     // SAFETY: no other thread exists yet, and the option takes a number only.
     unsafe { libc::mallopt(libc::M_ARENA_MAX, 1) };
-}
-
-/// Takes the two descriptors and closes all others above standard error.
-fn descriptors(arguments: &Arguments) -> Result<(OwnedFd, File), Error> {
-    let (control, exit) = (arguments.control_fd, arguments.exit_fd);
-    for (name, fd) in [("control-fd", control), ("exit-fd", exit)] {
-        // SAFETY: F_GETFD only asks.
-        if fd <= 2 || control == exit || unsafe { libc::fcntl(fd, libc::F_GETFD) } < 0 {
-            return Err(Error::Descriptor { name, fd });
-        }
-    }
-    let (low, high) = (control.min(exit), control.max(exit));
-    for (first, last) in [(3, low - 1), (low + 1, high - 1), (high + 1, i32::MAX)] {
-        if first <= last {
-            // SAFETY: this program has opened nothing above standard error yet, so nobody owns these descriptors.
-            unsafe { libc::syscall(libc::SYS_close_range, first, last, 0) };
-        }
-    }
-    // SAFETY: both are open, above standard error, different, and nobody else's.
-    unsafe { Ok((OwnedFd::from_raw_fd(control), File::from_raw_fd(exit))) }
 }
 
 /// Makes room for the descriptors of a machine and of a claim. The kernel makes room by itself, but in a process with threads it

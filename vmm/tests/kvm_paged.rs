@@ -19,6 +19,7 @@ use flint_api::vmm::*;
 use flint_vmm::control::packet::{self, Received};
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::signal::Signal;
 use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, recv, send, socketpair};
 use nix::sys::wait::WaitStatus;
 use prost::Message;
@@ -108,6 +109,69 @@ fn a_clone_with_paged_memory_is_saved_whole_and_as_a_difference() {
     assert_goes_on(&mut serial);
 }
 
+// ---- the server's own life
+
+#[test]
+fn a_server_ends_when_nobody_can_come_and_nobody_is_left() {
+    let saved = template();
+    let chunks = Chunks::of(&saved.memory);
+    // One that nobody ever needed.
+    let mut idle = chunks.serve();
+    idle.close_the_door();
+    assert_eq!(idle.wait(), WaitStatus::Exited(idle.pid, 0));
+    // One whose sandbox came before the door was closed, and loads its memory after that.
+    let mut server = chunks.serve();
+    let mut vmm = pages::reserved(machine(1, MEMORY));
+    let socket = server.connect();
+    server.close_the_door();
+    pages::load(&saved, &server.memory, &socket, &mut vmm).unwrap();
+    drop(socket);
+    // It ends with all there, which the sandbox is told before.
+    assert_eq!(server.wait(), WaitStatus::Exited(server.pid, 0));
+    let mut bytes = vec![0; usize::try_from(MEMORY).unwrap() + 4096];
+    server.memory.read_exact_at(&mut bytes, 0).unwrap();
+    assert!(bytes == saved.memory(), "the memfd is the memory file");
+    let mut serial = claim(&mut vmm, Claim::default(), &[]);
+    assert_goes_on(&mut serial);
+}
+
+#[test]
+fn a_server_ends_with_a_sandbox_that_ends_before_all_is_there() {
+    let saved = template();
+    let chunks = Chunks::of(&saved.memory);
+    let mut server = chunks.serve();
+    let socket = server.connect();
+    server.close_the_door();
+    drop(socket);
+    assert_eq!(server.wait(), WaitStatus::Exited(server.pid, 0));
+    assert!(!seals(&server.memory).contains(SealFlag::F_SEAL_WRITE), "all is there");
+}
+
+#[test]
+fn a_server_has_nothing_but_its_descriptors_and_dies_of_opening_a_path() {
+    let saved = template();
+    let mut server = Chunks::of(&saved.memory).serve();
+    let process = format!("/proc/{}", server.pid);
+    let status = fs::read_to_string(format!("{process}/status")).unwrap();
+    let id = common::UID;
+    for line in [
+        "CapPrm:\t0000000000000000",
+        "CapBnd:\t0000000000000000",
+        "NoNewPrivs:\t1",
+        "Seccomp:\t2",
+        &format!("Uid:\t{id}\t{id}\t{id}\t{id}"),
+    ] {
+        assert!(status.lines().any(|other| other == line), "{line}: {status}");
+    }
+    assert_eq!(fs::read_dir(format!("{process}/root/")).unwrap().count(), 0);
+    for name in ["user", "mnt", "net", "pid", "ipc", "uts"] {
+        let of = |process: &str| fs::read_link(format!("{process}/ns/{name}")).unwrap();
+        assert_ne!(of(&process), of("/proc/self"), "{name}");
+    }
+    pages::make_it_open_a_path(server.pid);
+    assert_eq!(server.wait(), WaitStatus::Signaled(server.pid, Signal::SIGSYS, false));
+}
+
 // ---- faults
 
 #[test]
@@ -117,12 +181,11 @@ fn a_damaged_chunk_ends_the_sandbox_by_its_name_and_never_reaches_the_guest() {
     chunks.damage();
     let mut server = chunks.serve();
     let mut vmm = pages::reserved(machine(1, MEMORY));
-    server.wait_until_it_has_begun();
     // It may be found while the snapshot is being loaded: there is no answer to wait for.
     pages::begin_to_load(&saved, &server.memory, &server.connect(), &mut vmm);
     let detail = lost(&mut vmm);
     assert!(detail.contains("page server") && detail.contains("chunk"), "{detail}");
-    assert!(!server.child.wait().unwrap().success());
+    assert_eq!(server.wait(), WaitStatus::Exited(server.pid, 1));
 }
 
 /// Somebody who says that he serves, and never does: his end of the connection, and the memory file with nothing in it but its
@@ -196,7 +259,6 @@ fn who_does_not_answer_or_answers_nonsense_is_no_server_and_another_can_be_tried
     assert_eq!(vmm.phase(), state::Phase::Reserved);
     let chunks = Chunks::of(&saved.memory);
     let server = chunks.serve();
-    server.wait_until_it_has_begun();
     pages::load(&saved, &server.memory, &server.connect(), &mut vmm).unwrap();
     let mut serial = claim(&mut vmm, Claim::default(), &[]);
     assert_goes_on(&mut serial);

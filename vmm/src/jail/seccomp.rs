@@ -6,6 +6,8 @@
 //!                 |  starts
 //!                 +--> vCPU threads: Vcpu, or VcpuLoader -- LoadSnapshot --> Vcpu
 //!                 +--> device threads: Device(kind); of a machine reserved as paged, Watcher
+//!
+//! a page server's one thread: PageServer
 //! ```
 
 use std::io;
@@ -33,10 +35,12 @@ pub enum Kind {
     Watcher,
     /// A device's.
     Device(ThreadKind),
+    /// That of a page server, another program.
+    PageServer,
 }
 
 impl Kind {
-    /// All kinds.
+    /// All kinds of a VMM's threads.
     pub const ALL: [Self; 12] = [
         Self::Setup,
         Self::Loader,
@@ -219,6 +223,23 @@ const POLL: &[c_long] = &[libc::SYS_poll];
 /// TUNSETOFFLOAD.
 const OFFLOADING: &[u32] = &[0x54d0];
 
+/// The page server: sandboxes that come and go, chunks in packs, the memory file.
+const PAGE_SERVER: &[c_long] = &[
+    libc::SYS_epoll_create1,
+    libc::SYS_lseek, // whether a page has anything in it
+    libc::SYS_pread64,
+    libc::SYS_pwrite64,
+    libc::SYS_recvmsg,
+    libc::SYS_sendmsg,
+    libc::SYS_statx,
+];
+
+/// Commands of fcntl: it seals the memory file, and sees to it that no descriptor has it wait. F_ADD_SEALS is linux/fcntl.h's.
+const PAGE_SERVER_FCNTL: &[i32] = &[libc::F_GETFL, libc::F_SETFL, libc::F_ADD_SEALS];
+
+/// UFFDIO_WAKE and UFFDIO_ZEROPAGE: of other processes' faults.
+const ANSWERING: &[u32] = &[0xaa02, 0xaa04];
+
 /// FIONBIO.
 const NONBLOCKING: &[u32] = &[0x5421];
 
@@ -242,6 +263,14 @@ impl Filters {
             .filter(|(other, _)| *other == kind)
             .try_for_each(|(_, program)| seccompiler::apply_filter(program).map_err(io::Error::other))
     }
+}
+
+/// Confines the calling thread, the only one of a page server.
+///
+/// # Errors
+/// The kernel refuses.
+pub fn confine_page_server() -> io::Result<()> {
+    seccompiler::apply_filter(&filter::program(&rules(Kind::PageServer))).map_err(io::Error::other)
 }
 
 pub(super) fn rules(kind: Kind) -> Rules {
@@ -309,6 +338,16 @@ fn add(rules: &mut Rules, kind: Kind) {
         }
         // Giving memory back is in COMMON.
         Kind::Device(ThreadKind::Balloon | ThreadKind::Mem) => rules.allow(EVENTS),
+        Kind::PageServer => {
+            rules.allow(EVENTS);
+            rules.allow(PAGE_SERVER);
+            let commands: Vec<_> = PAGE_SERVER_FCNTL
+                .iter()
+                .map(|command| command.cast_unsigned())
+                .collect();
+            rules.allow_with(libc::SYS_fcntl, 1, u32::MAX, &commands);
+            ioctls(rules, ANSWERING);
+        }
     }
 }
 
@@ -333,12 +372,12 @@ mod tests {
 
     /// Runs system calls under a filter in a process of its own.
     fn under(kind: Kind, calls: &[(c_long, [c_long; 3])]) -> WaitStatus {
-        let filters = Filters::default();
+        let program = filter::program(&rules(kind));
         // SAFETY: the child only makes system calls, with everything they need made before.
         match unsafe { fork() }.unwrap() {
             ForkResult::Parent { child } => waitpid(child, None).unwrap(),
             ForkResult::Child => {
-                if filters.apply(kind).is_err() {
+                if seccompiler::apply_filter(&program).is_err() {
                     // SAFETY: ends the process.
                     unsafe { libc::_exit(1) };
                 }
@@ -352,13 +391,17 @@ mod tests {
         }
     }
 
+    fn all() -> impl Iterator<Item = Kind> {
+        Kind::ALL.into_iter().chain([Kind::PageServer])
+    }
+
     fn killed(status: WaitStatus) -> bool {
         matches!(status, WaitStatus::Signaled(_, nix::sys::signal::Signal::SIGSYS, _))
     }
 
     #[test]
     fn a_forbidden_call_kills_the_process_whatever_the_thread_is_for() {
-        for kind in Kind::ALL {
+        for kind in all() {
             for call in [
                 libc::SYS_openat,
                 libc::SYS_socket,
@@ -376,7 +419,7 @@ mod tests {
 
     #[test]
     fn an_allowed_call_goes_through() {
-        for kind in Kind::ALL {
+        for kind in all() {
             let status = under(kind, &[(libc::SYS_close, [-1, 0, 0]), (libc::SYS_mmap, [0, 4096, 1])]);
             assert!(matches!(status, WaitStatus::Exited(_, 0)), "{kind:?}: {status:?}");
         }
@@ -384,7 +427,7 @@ mod tests {
 
     #[test]
     fn no_thread_gets_new_code_and_only_the_first_makes_threads() {
-        for kind in Kind::ALL {
+        for kind in all() {
             let code = libc::c_long::from(libc::PROT_EXEC | libc::PROT_READ);
             assert!(killed(under(kind, &[(libc::SYS_mmap, [0, 4096, code])])), "{kind:?}");
             assert!(
@@ -410,6 +453,8 @@ mod tests {
         const SET_IRQCHIP: c_long = 0xae63;
         assert!(may(Kind::VcpuLoader, SET_LAPIC) && !may(Kind::Vcpu, SET_LAPIC) && !may(Kind::Loader, SET_LAPIC));
         assert!(may(Kind::Loader, SET_IRQCHIP) && !may(Kind::Control, SET_IRQCHIP));
+        const WAKE: c_long = 0xaa02;
+        assert!(may(Kind::PageServer, WAKE) && !may(Kind::PageServer, CREATE_VM) && !may(Kind::PageServer, RUN));
         assert!(!may(Kind::Loader, CREATE_VM) && !may(Kind::Loader, RUN) && !may(Kind::VcpuLoader, CREATE_VM));
     }
 }

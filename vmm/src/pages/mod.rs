@@ -1,4 +1,4 @@
-//! Guest memory that comes page by page: the server's side, which runs outside of every jail.
+//! Guest memory that comes page by page: the server's side, which runs in a jail of its own.
 //!
 //! ```text
 //!   chunks (packs, verified) --> Server --fills--> memfd <--maps privately-- flint-vmm   (many of one template)

@@ -3,14 +3,13 @@
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 
 use flint_api::vmm::pages_served::Progress;
 use flint_api::vmm::{PageRange, PagesServed, ServePages};
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, SealFlag, fcntl};
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
-use nix::sys::socket::{SockFlag, accept4};
 use prost::Message;
 use thiserror::Error;
 
@@ -21,7 +20,7 @@ use crate::memory::pages::PAGE;
 
 /// What is filled at once: a chunk, as memory is stored.
 pub const UNIT: u64 = 256 << 10;
-const LISTENER: u64 = 0;
+const DOOR: u64 = 0;
 /// A sandbox's tokens: twice its number for its socket, one more for its userfaultfd. Numbers begin with 1.
 const FIRST: u64 = 1;
 
@@ -78,7 +77,8 @@ struct Client {
 pub struct Server {
     source: Box<dyn PageSource>,
     memory: File,
-    listener: OwnedFd,
+    /// Where sandboxes come in. None: no more can come.
+    door: Option<OwnedFd>,
     epoll: Epoll,
     clients: BTreeMap<u64, Client>,
     next: u64,
@@ -90,12 +90,12 @@ pub struct Server {
 }
 
 impl Server {
-    /// A server for sandboxes that connect to `listener`, a SOCK_SEQPACKET socket. `memory` is a memfd of the source's size that
-    /// allows sealing; its last page is there when this returns.
+    /// A server for sandboxes whose connections come through `door`, a SOCK_SEQPACKET socket: one with each packet. `memory` is a
+    /// memfd of the source's size that allows sealing; its last page is there when this returns.
     ///
     /// # Errors
     /// Sizes differ, the source cannot be read, or the host refuses.
-    pub fn new(source: Box<dyn PageSource>, memory: File, listener: OwnedFd) -> Result<Self, Error> {
+    pub fn new(source: Box<dyn PageSource>, memory: File, door: OwnedFd) -> Result<Self, Error> {
         let (expected, found) = (
             source.size(),
             memory.metadata().map_err(host("looking at the memory file"))?.len(),
@@ -106,17 +106,16 @@ impl Server {
         // Else somebody could cut it off under everybody's feet.
         let seals = SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW;
         fcntl(&memory, FcntlArg::F_ADD_SEALS(seals)).map_err(host("sealing the size of the memory file"))?;
-        let flags = OFlag::from_bits_retain(fcntl(&listener, FcntlArg::F_GETFL).map_err(host("the listening socket"))?);
-        fcntl(&listener, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK)).map_err(host("the listening socket"))?;
+        never_wait(&door).map_err(host("preparing the socket that sandboxes come through"))?;
         let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).map_err(host("making an epoll"))?;
         epoll
-            .add(&listener, EpollEvent::new(EpollFlags::EPOLLIN, LISTENER))
-            .map_err(host("watching the listening socket"))?;
+            .add(&door, EpollEvent::new(EpollFlags::EPOLLIN, DOOR))
+            .map_err(host("watching the socket that sandboxes come through"))?;
         let units = usize::try_from(expected.div_ceil(UNIT)).unwrap_or(usize::MAX);
         let mut server = Self {
             source,
             memory,
-            listener,
+            door: Some(door),
             epoll,
             clients: BTreeMap::new(),
             next: FIRST,
@@ -129,12 +128,12 @@ impl Server {
         Ok(server)
     }
 
-    /// Serves for ever.
+    /// Serves until no sandbox needs it and none can come any more: the other end of the door is closed.
     ///
     /// # Errors
     /// A page cannot be had, of which all sandboxes were told that still need the server; or the host fails.
     pub fn serve(mut self) -> Result<(), Error> {
-        loop {
+        while self.door.is_some() || !self.clients.is_empty() {
             if let Err(error) = self.turn() {
                 let detail = crate::control::commands::chain(&error);
                 self.tell(&PagesServed {
@@ -144,6 +143,7 @@ impl Server {
                 return Err(error);
             }
         }
+        Ok(())
     }
 
     fn turn(&mut self) -> Result<(), Error> {
@@ -159,7 +159,7 @@ impl Server {
         };
         for event in &events[..count] {
             match event.data() {
-                LISTENER => self.accept()?,
+                DOOR => self.admit()?,
                 token if token % 2 == 0 => self.hear(token / 2)?,
                 token => self.faults(token / 2)?,
             }
@@ -229,21 +229,31 @@ impl Server {
         Ok(())
     }
 
-    fn accept(&mut self) -> Result<(), Error> {
-        let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
-        let fd = match accept4(self.listener.as_raw_fd(), flags) {
-            Ok(fd) => fd,
-            Err(Errno::EAGAIN | Errno::ECONNABORTED | Errno::EINTR) => return Ok(()),
-            Err(errno) => return Err(host("accepting a sandbox")(errno)),
+    /// Lets a sandbox in, or finds that no more will come.
+    fn admit(&mut self) -> Result<(), Error> {
+        let Some(door) = &self.door else { return Ok(()) };
+        let fds = match packet::receive(door.as_fd()) {
+            Ok(Received::Packet { fds, .. }) => fds,
+            // Whoever holds the other end is who started this; what else it may say means nothing.
+            Ok(Received::Oversized { .. }) => return Ok(()),
+            Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {
+                return Ok(());
+            }
+            Ok(Received::End) | Err(_) => {
+                // Closed, it leaves the epoll.
+                self.door = None;
+                return Ok(());
+            }
         };
-        // SAFETY: accept4 has just made this descriptor for us.
-        let socket = unsafe { OwnedFd::from_raw_fd(fd) };
-        let number = self.next;
-        self.next += 1;
-        self.epoll
-            .add(&socket, EpollEvent::new(EpollFlags::EPOLLIN, 2 * number))
-            .map_err(host("watching a sandbox"))?;
-        self.clients.insert(number, Client { socket, memory: None });
+        for socket in fds {
+            never_wait(&socket).map_err(host("preparing a sandbox's connection"))?;
+            let number = self.next;
+            self.next += 1;
+            self.epoll
+                .add(&socket, EpollEvent::new(EpollFlags::EPOLLIN, 2 * number))
+                .map_err(host("watching a sandbox"))?;
+            self.clients.insert(number, Client { socket, memory: None });
+        }
         Ok(())
     }
 
@@ -338,10 +348,14 @@ fn introduce(bytes: &[u8], fds: Vec<OwnedFd>) -> Option<(Uffd, Vec<PageRange>)> 
         ends.iter().all(Option::is_some) && (range.address | range.offset | range.length) % PAGE == 0
     });
     let uffd = Uffd::received(fds.into_iter().next()?).ok()?;
-    // Reading from it must never wait.
-    let flags = OFlag::from_bits_retain(fcntl(&uffd, FcntlArg::F_GETFL).ok()?);
-    fcntl(&uffd, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK)).ok()?;
+    never_wait(&uffd).ok()?;
     sound.then_some((uffd, ranges))
+}
+
+/// Has calls on a descriptor return at once.
+fn never_wait(fd: impl AsFd) -> nix::Result<()> {
+    let flags = OFlag::from_bits_retain(fcntl(&fd, FcntlArg::F_GETFL)?);
+    fcntl(&fd, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK)).map(drop)
 }
 
 /// Where in the memory file an address is.

@@ -7,6 +7,8 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
+use crate::memory::pages::PAGE;
+
 /// The device.
 pub const DEVICE: &str = "/dev/userfaultfd";
 
@@ -67,6 +69,9 @@ const _: () = assert!(UNREGISTER == 0x8010_aa01 && WAKE == 0x8010_aa02 && NEW ==
 /// A message about a fault: 32 bytes, the event in the first, the address from the 17th on.
 const MESSAGE: usize = 32;
 
+/// An address that every process might use (it need not): above vm.mmap_min_addr.
+const ANYWHERE: u64 = 1 << 30;
+
 /// A userfaultfd.
 #[derive(Debug)]
 pub struct Uffd(File);
@@ -108,11 +113,11 @@ impl Uffd {
     /// # Errors
     /// It is something else.
     pub fn received(fd: OwnedFd) -> io::Result<Self> {
-        let path = format!("/proc/self/fd/{}", fd.as_raw_fd());
-        if std::fs::read_link(path)?.as_os_str() != "anon_inode:[userfaultfd]" {
-            return Err(io::Error::other("the descriptor is no userfaultfd"));
-        }
-        Ok(Self(fd.into()))
+        let uffd = Self(fd.into());
+        // Who is woken for nothing looks again, and nothing else knows this request.
+        uffd.wake(ANYWHERE, PAGE)
+            .map_err(|_| io::Error::other("the descriptor is no userfaultfd that faults can be answered by"))?;
+        Ok(uffd)
     }
 
     /// Has faults in a range told to whoever reads from this.

@@ -2,9 +2,9 @@
 
 use std::fs::{self, File};
 use std::io::Write;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::path::Path;
-use std::process::{Child, Command as Process, Stdio};
+use std::process::{Command as Process, Stdio};
 
 use flint_api::vmm::pages_served::Progress;
 use flint_api::vmm::request::Command;
@@ -18,12 +18,16 @@ use flint_vmm::pages::UNIT;
 use flint_vmm::pages::uffd::{self, Uffd};
 use nix::fcntl::{FcntlArg, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
+use nix::sys::prctl::set_child_subreaper;
+use nix::sys::signal::{Signal, kill};
 use nix::sys::socket::*;
+use nix::sys::wait::{WaitStatus, waitpid};
+use nix::unistd::Pid;
 use prost::Message;
 use tempfile::TempDir;
 
-use super::Vmm;
 use super::saved::Saved;
+use super::{UID, Vmm};
 
 /// A memory file that is chunks.
 pub struct Chunks {
@@ -80,40 +84,58 @@ impl Chunks {
 
     /// A program that serves them.
     pub fn serve(&self) -> PageServer {
+        set_child_subreaper(true).unwrap();
         let memory = memory_file(self.size);
-        let (listener, address) = listener(self.folder.path());
+        let (door, theirs) = pair();
         let mut table = tempfile::tempfile().unwrap();
         table.write_all(self.table.as_bytes()).unwrap();
-        let packs: Vec<_> = self
-            .table
-            .packs()
-            .iter()
-            .map(|pack| self.store.open_pack(*pack).unwrap())
-            .collect();
-        // Not closed on exec: these are handed over.
-        let pass = |fd: BorrowedFd<'_>| fcntl(fd, FcntlArg::F_DUPFD(100)).unwrap();
-        let mut passed = vec![];
-        let mut command = Process::new(env!("CARGO_BIN_EXE_flint-pages"));
+        let packs = self.table.packs().iter();
+        let packs: Vec<_> = packs.map(|pack| self.store.open_pack(*pack).unwrap()).collect();
         let fds = [
-            ("--listen-fd", listener.as_fd()),
+            ("--door-fd", theirs.as_fd()),
             ("--memory-fd", memory.as_fd()),
             ("--table-fd", table.as_fd()),
         ];
-        for (name, fd) in fds
+        let fds = fds
             .into_iter()
-            .chain(packs.iter().map(|pack| ("--pack-fd", pack.as_fd())))
-        {
-            let fd = pass(fd);
-            passed.push(fd);
-            command.args([name, &fd.to_string()]);
+            .chain(packs.iter().map(|pack| ("--pack-fd", pack.as_fd())));
+        let mut command = Process::new(env!("CARGO_BIN_EXE_flint-pages"));
+        command.args(["--uid", &UID.to_string(), "--gid", &UID.to_string()]);
+        let passed: Vec<_> = fds
+            .map(|(name, fd)| {
+                // Not closed on exec: these are handed over.
+                let fd = fcntl(fd, FcntlArg::F_DUPFD(100)).unwrap();
+                command.args([name, &fd.to_string()]);
+                // SAFETY: just made and nobody else's.
+                unsafe { OwnedFd::from_raw_fd(fd) }
+            })
+            .collect();
+        let before = servers();
+        let launcher = command.stdin(Stdio::null()).spawn().unwrap();
+        drop((passed, theirs));
+        assert!({ launcher }.wait().unwrap().success(), "the launcher failed");
+        let pid = servers().into_iter().find(|pid| !before.contains(pid));
+        PageServer {
+            pid: pid.expect("a server that has not ended"),
+            memory,
+            door: Some(door),
+            reaped: false,
         }
-        let child = command.stdin(Stdio::null()).spawn().unwrap();
-        // SAFETY: made above and nobody else's.
-        passed
-            .into_iter()
-            .for_each(|fd| drop(unsafe { OwnedFd::from_raw_fd(fd) }));
-        PageServer { child, memory, address }
     }
+}
+
+/// Page servers that this process has to reap.
+fn servers() -> Vec<Pid> {
+    let processes = fs::read_dir("/proc").unwrap().map(|entry| entry.unwrap().path());
+    let ours = format!("PPid:\t{}\n", Pid::this());
+    processes
+        .filter_map(|path| {
+            let pid = path.file_name()?.to_str()?.parse().ok()?;
+            // It may have ended since.
+            let status = fs::read_to_string(path.join("status")).ok()?;
+            (status.starts_with("Name:\tflint-pages\n") && status.contains(&ours)).then(|| Pid::from_raw(pid))
+        })
+        .collect()
 }
 
 fn walk(folder: &Path) -> Vec<std::path::PathBuf> {
@@ -131,46 +153,36 @@ pub fn memory_file(size: u64) -> File {
     memory
 }
 
-/// A socket to listen on, and where.
-pub fn listener(folder: &Path) -> (OwnedFd, UnixAddr) {
-    let listener = socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::SOCK_CLOEXEC, None).unwrap();
-    let path = folder.join(format!("pages-{}.sock", listener.as_raw_fd()));
-    let _ = fs::remove_file(&path);
-    let address = UnixAddr::new(&path).unwrap();
-    bind(listener.as_raw_fd(), &address).unwrap();
-    listen(&listener, Backlog::new(8).unwrap()).unwrap();
-    (listener, address)
+fn pair() -> (OwnedFd, OwnedFd) {
+    socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC).unwrap()
 }
 
 /// A page server's process. Killed when dropped.
 pub struct PageServer {
-    pub child: Child,
+    pub pid: Pid,
     pub memory: File,
-    address: UnixAddr,
+    door: Option<OwnedFd>,
+    reaped: bool,
 }
 
 impl PageServer {
     pub fn connect(&self) -> OwnedFd {
-        let socket = socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::SOCK_CLOEXEC, None).unwrap();
-        connect(socket.as_raw_fd(), &self.address).unwrap();
-        socket
+        let (ours, theirs) = pair();
+        let door = self.door.as_ref().expect("an open door");
+        packet::send(door.as_fd(), b"sandbox", &[theirs.as_fd()]).unwrap();
+        ours
+    }
+
+    /// Nobody can come any more.
+    pub fn close_the_door(&mut self) {
+        self.door = None;
     }
 
     /// A parked clone whose memory it brings.
     pub fn parked(&self, saved: &Saved, machine: CreateMachine) -> Vmm {
         let mut vmm = reserved(machine);
-        // The last page is there only once it listens for faults.
-        let socket = self.connect();
-        self.wait_until_it_has_begun();
-        load(saved, &self.memory, &socket, &mut vmm).unwrap();
+        load(saved, &self.memory, &self.connect(), &mut vmm).unwrap();
         vmm
-    }
-
-    /// It has sealed the size of its memory file and filled the last page: it answers whoever knocks by hanging up.
-    pub fn wait_until_it_has_begun(&self) {
-        let socket = self.connect();
-        send(socket.as_raw_fd(), b"nonsense", MsgFlags::empty()).unwrap();
-        assert_eq!(recv(socket.as_raw_fd(), &mut [0; 8], MsgFlags::empty()).unwrap(), 0);
     }
 
     /// As a sandbox hears of it, one without memory.
@@ -191,17 +203,48 @@ impl PageServer {
     }
 
     pub fn kill(&mut self) {
-        self.child.kill().unwrap();
-        self.child.wait().unwrap();
+        kill(self.pid, Signal::SIGKILL).unwrap();
+        self.wait();
+    }
+
+    /// Waits for its end.
+    pub fn wait(&mut self) -> WaitStatus {
+        self.reaped = true;
+        waitpid(self.pid, None).unwrap()
     }
 }
 
 impl Drop for PageServer {
     fn drop(&mut self) {
-        // It may have ended by itself.
-        let _ = self.child.kill();
-        let _ = self.child.wait();
+        if !self.reaped {
+            // It may have ended by itself.
+            let _ = kill(self.pid, Signal::SIGKILL);
+            let _ = waitpid(self.pid, None);
+        }
     }
+}
+
+/// Has a process that sleeps in a system call call openat instead, as somebody would who has taken it over.
+pub fn make_it_open_a_path(pid: Pid) {
+    const LENGTH_OF_SYSCALL: u64 = 2;
+    let nothing = std::ptr::null_mut::<libc::c_void>();
+    let ask = |request, data: *mut libc::c_void| {
+        // SAFETY: each request reads or writes the registers that `data` points to, or ignores it.
+        assert_eq!(unsafe { libc::ptrace(request, pid.as_raw(), nothing, data) }, 0);
+    };
+    ask(libc::PTRACE_ATTACH, nothing);
+    assert_eq!(waitpid(pid, None).unwrap(), WaitStatus::Stopped(pid, Signal::SIGSTOP));
+    // SAFETY: all-zero registers are registers.
+    let mut registers: libc::user_regs_struct = unsafe { std::mem::zeroed() };
+    ask(libc::PTRACE_GETREGS, std::ptr::from_mut(&mut registers).cast());
+    registers.rip -= LENGTH_OF_SYSCALL;
+    // No call that would have to be restarted.
+    registers.orig_rax = u64::MAX;
+    registers.rax = libc::SYS_openat.cast_unsigned();
+    registers.rdi = i64::from(libc::AT_FDCWD).cast_unsigned();
+    registers.rsi = registers.rsp;
+    ask(libc::PTRACE_SETREGS, std::ptr::from_mut(&mut registers).cast());
+    ask(libc::PTRACE_DETACH, nothing);
 }
 
 /// A shell for paged memory.
