@@ -173,7 +173,21 @@ pub fn reserve(ranges: &[Range]) -> Result<GuestMemory, Error> {
         })
         .collect::<Result<Vec<_>, Error>>()?;
     let memory = GuestMemoryMmap::from_ranges(&ranges).map_err(|source| Error::Map { size: total, source })?;
+    memory.iter().for_each(prefer_huge_pages);
     Ok(Arc::new(memory))
+}
+
+/// Has the kernel use huge pages for memory that may be plugged, which is a sandbox's own and most of a large one's; not for the memory
+/// that it boots with, which clones share page by page (docs/adr/0015-huge-pages.md).
+fn prefer_huge_pages(region: &Region) {
+    if region.start_addr().0 < HOTPLUG_START {
+        return;
+    }
+    let Ok(length) = usize::try_from(region.len()) else {
+        return;
+    };
+    // SAFETY: the whole of a region, whose content stays. A kernel without huge pages refuses, and takes small ones.
+    unsafe { libc::madvise(region.as_ptr().cast(), length, libc::MADV_HUGEPAGE) };
 }
 
 /// Makes memory as [`reserve`] made it, whatever a source has put there.
@@ -198,6 +212,7 @@ pub fn clear(memory: &GuestMemory) -> io::Result<()> {
         if mapped == libc::MAP_FAILED {
             return Err(io::Error::last_os_error());
         }
+        prefer_huge_pages(region);
     }
     Ok(())
 }
@@ -263,8 +278,35 @@ impl MemorySource for Anonymous {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
     use vm_memory::Bytes;
+
+    /// Whether huge pages are asked for at a place in memory, as smaps tells (proc(5)).
+    fn wants_huge_pages(memory: &GuestMemory, place: u64) -> bool {
+        let address = memory.get_host_address(GuestAddress(place)).unwrap() as usize;
+        let smaps = fs::read_to_string("/proc/self/smaps").unwrap();
+        let range = |line: &str| {
+            let (start, end) = line.split_once(' ')?.0.split_once('-')?;
+            let number = |text| usize::from_str_radix(text, 16).ok();
+            Some(number(start)?..number(end)?)
+        };
+        let mut lines = smaps.lines();
+        assert!(lines.any(|line| range(line).is_some_and(|range| range.contains(&address))));
+        let flags = lines.find_map(|line| line.strip_prefix("VmFlags:")).unwrap();
+        flags.split(' ').any(|flag| flag == "hg")
+    }
+
+    #[test]
+    fn huge_pages_are_for_memory_that_may_be_plugged() {
+        let ranges = [layout(2 << 20), hotplug(4 << 20).into_iter().collect()].concat();
+        let memory = reserve(&ranges).unwrap();
+        let wanted = || [0, HOTPLUG_START].map(|place| wants_huge_pages(&memory, place));
+        assert_eq!(wanted(), [false, true]);
+        clear(&memory).unwrap();
+        assert_eq!(wanted(), [false, true]);
+    }
 
     #[test]
     fn memory_goes_on_above_the_gap() {
