@@ -187,6 +187,8 @@ pub trait Sandbox: Send + Sync + 'static {
     fn addresses(&self) -> Vec<String>;
     /// Answers when it is no more and everything it held on the host is gone; any number of callers may wait.
     async fn exited(&self) -> SandboxExit;
+    /// Its containers have started: what can be learnt of that for others is noted.
+    async fn settled(&self) {}
     /// Has it stand still; answers when it does. One that stands still already does so further.
     async fn pause(&self) -> Result<(), SandboxError>;
     /// Has it go on where it stood. One that runs goes on running.

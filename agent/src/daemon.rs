@@ -172,6 +172,12 @@ pub struct Options {
     /// Most guest memory of a pod that is a clone, in MiB; never more than the host has.
     #[arg(long, env = "FLINT_POOL_MAX_MEMORY", default_value_t = 32 << 10, value_name = "MIB")]
     pub pool_max_memory: u64,
+    /// Do not look at what the first clones use of their memory, and do not have it ready in later ones.
+    #[arg(long, env = "FLINT_NO_WORKING_SETS")]
+    pub no_working_sets: bool,
+    /// Memory that a parked clone may copy of what clones were seen to write, in MiB; the rest is copied when it is taken.
+    #[arg(long, env = "FLINT_POOL_COPIES", default_value_t = 0, value_name = "MIB")]
+    pub pool_copies: u64,
     /// Most snapshots at a time.
     #[arg(long, env = "FLINT_MAX_SNAPSHOTS", default_value_t = 64, value_name = "COUNT")]
     pub max_snapshots: usize,
@@ -339,6 +345,7 @@ fn sandboxes(options: &Options, info: &HostInfo, pool_metrics: PoolMetrics) -> C
         memory_bytes: (options.pool_memory * MIB).next_multiple_of(2 * MIB),
         largest_bytes: options.pool_max_memory.saturating_mul(MIB).min(capacity.memory_bytes),
         scratch_bytes: options.pod_scratch * MIB,
+        working_sets: (!options.no_working_sets).then(|| options.pool_copies.saturating_mul(MIB)),
         metrics: pool_metrics,
         ..pool::Config::default()
     };

@@ -504,3 +504,22 @@ fn a_disk_that_is_full_costs_the_clones_and_not_the_pods_until_there_is_room() {
         host.end(manager).await;
     });
 }
+
+#[test]
+fn a_damaged_working_set_goes_and_the_pool_fills_all_the_same() {
+    on_a_host(&dialler(IMAGES, true), |host| async move {
+        let (manager, _) = full(&host).await;
+        manager.pool().drain().await;
+        let record = template(&host).join("working-set");
+        fs::write(&record, "FLINTWSS and nothing more").unwrap();
+        let (next, metrics) = full(&host).await;
+        assert!(!record.exists());
+        assert_eq!(
+            (metrics.templates.get(), metrics.replays.get(), metrics.failures.get()),
+            (0, 0, 0),
+            "the template is as good as it was"
+        );
+        drop(manager);
+        end(host, next).await;
+    });
+}

@@ -535,6 +535,9 @@ impl Actor {
     }
 }
 
+/// A program that says nothing has started after so long.
+const SETTLING: Duration = Duration::from_secs(1);
+
 /// Waits for a run's end.
 async fn follow(run: &Run, sender: mpsc::Sender<Input>) -> Option<Input> {
     let (timeline, stage) = (
@@ -542,15 +545,23 @@ async fn follow(run: &Run, sender: mpsc::Sender<Input>) -> Option<Input> {
         format!("container.{}.first-output", run.spec.containers[run.index].name),
     );
     let first_run = run.run == 0;
-    let exit = run
-        .finish(move || {
-            if first_run {
-                timeline.mark(stage);
-                // A full queue will be followed by another publication.
-                let _ = sender.try_send(Input::Refresh);
-            }
-        })
-        .await?;
+    let (spoke, silence) = oneshot::channel();
+    let finish = run.finish(move || {
+        // Nobody listens any more to one that was silent for long.
+        let _ = spoke.send(());
+        if first_run {
+            timeline.mark(stage);
+            // A full queue will be followed by another publication.
+            let _ = sender.try_send(Input::Refresh);
+        }
+    });
+    let settle = async {
+        // Until its first words, its end, or long enough.
+        let _ = tokio::time::timeout(SETTLING, silence).await;
+        run.sandbox.settled().await;
+    };
+    let (exit, ()) = tokio::join!(finish, settle);
+    let exit = exit?;
     Some(Input::Event(Event::Exited {
         container: run.index,
         run: run.run,

@@ -194,6 +194,10 @@ impl Sandbox for MicroVm {
         exit(self.sandbox.wait().await)
     }
 
+    async fn settled(&self) {
+        self.sandbox.settled().await;
+    }
+
     async fn pause(&self) -> Result<(), SandboxError> {
         self.sandbox.pause().await.map_err(|error| SandboxError(chain(&error)))
     }

@@ -35,7 +35,15 @@ mod supplies;
 mod takeover;
 mod uids;
 
-use std::{collections::HashMap, io, net::Ipv4Addr, os::fd::OwnedFd, path::PathBuf, sync::Arc, time::Duration};
+use std::{
+    collections::HashMap,
+    io,
+    net::Ipv4Addr,
+    os::fd::OwnedFd,
+    path::PathBuf,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
 
 use flint_api::{
     guest::{Dns, HostAlias, guest_client::GuestClient},
@@ -158,7 +166,12 @@ struct Inner {
     control: control::Control,
     guest: Channel,
     end: supervisor::End,
+    /// Where to note what it uses of its memory.
+    lesson: Mutex<Option<Arc<pool::WorkingSet>>>,
 }
+
+/// How long a sandbox may take to say what it uses: its end may wait for that.
+const LESSON_TIMEOUT: Duration = Duration::from_secs(5);
 
 impl Sandbox {
     fn new(spec: &SandboxSpec, address: Option<Ipv4Addr>, ready: shell::Ready, end: supervisor::End) -> Self {
@@ -169,7 +182,29 @@ impl Sandbox {
             control: ready.control,
             guest: ready.channel,
             end,
+            lesson: Mutex::default(),
         }))
+    }
+
+    /// What it uses of its memory until its containers have started is to be noted there.
+    fn teaching(self, lesson: Option<Arc<pool::WorkingSet>>) -> Self {
+        *self.lesson() = lesson;
+        self
+    }
+
+    fn lesson(&self) -> std::sync::MutexGuard<'_, Option<Arc<pool::WorkingSet>>> {
+        self.0.lesson.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Its containers have started: what later sandboxes can learn of that is noted, once.
+    pub async fn settled(&self) {
+        let lesson = self.lesson().take();
+        if let Some(lesson) = lesson {
+            let recorded = tokio::time::timeout(LESSON_TIMEOUT, lesson.record(&self.0.control));
+            if recorded.await.is_err() {
+                tracing::warn!(sandbox = self.id(), "it has not said what it uses of its memory");
+            }
+        }
     }
 
     /// Its name.

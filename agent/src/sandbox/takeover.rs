@@ -153,6 +153,7 @@ async fn take_over_one(id: String, held: Held, intent: Result<Intent, SandboxErr
                 control,
                 guest,
                 end,
+                lesson: Mutex::default(),
             })))
         }
         Err(why) => {

@@ -194,8 +194,13 @@ impl Host {
 
     /// Waits until flintd has said so often that its pool is full.
     pub fn wait_pool_full(&self, times: usize) {
-        let full = || self.daemon_log().matches("the pool is full").count() >= times;
-        self.wait_for_change(&self.path("flintd.log"), AddWatchFlags::IN_MODIFY, full);
+        self.wait_for_log("the pool is full", times);
+    }
+
+    /// Waits until flintd has said something so many times.
+    pub fn wait_for_log(&self, text: &str, times: usize) {
+        let said = || self.daemon_log().matches(text).count() >= times;
+        self.wait_for_change(&self.path("flintd.log"), AddWatchFlags::IN_MODIFY, said);
     }
 
     /// Waits until a file or folder is there.
@@ -348,12 +353,26 @@ impl Host {
 
     /// Process ids of this host's VMMs.
     pub fn vmms(&self) -> Vec<i32> {
+        self.vmms_and_logs().map(|(pid, _)| pid).collect()
+    }
+
+    /// Of those of pods.
+    pub fn running_vmms(&self) -> Vec<i32> {
+        let parked = |log: &Path| {
+            log.components()
+                .any(|part| part.as_os_str().as_encoded_bytes().starts_with(b"parked-"))
+        };
+        self.vmms_and_logs()
+            .filter(|(_, log)| !parked(log))
+            .map(|(pid, _)| pid)
+            .collect()
+    }
+
+    fn vmms_and_logs(&self) -> impl Iterator<Item = (i32, PathBuf)> {
         let marker = self.path("run");
         processes("flint-vmm")
             .into_iter()
-            .filter(|(_, log)| log.starts_with(&marker))
-            .map(|(pid, _)| pid)
-            .collect()
+            .filter(move |(_, log)| log.starts_with(&marker))
     }
 }
 

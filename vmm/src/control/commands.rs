@@ -113,7 +113,7 @@ impl From<machine::Error> for Failure {
                 source: DeviceError::AlreadyBound | DeviceError::Invalid(_),
                 ..
             } => Code::Invalid,
-            E::NoKernel => Code::WrongPhase,
+            E::NoKernel | E::NotLoaded => Code::WrongPhase,
             E::Passport(_) | E::Processor(cpuid::Error::Level(_)) => Code::Unsupported,
             E::Memory(memory::Error::Paged(paged::Error::NotPaged)) => Code::Invalid,
             E::Shape { .. } | E::NoBase { .. } | E::InUse(_) | E::Unwritable(_) => Code::Invalid,
@@ -170,6 +170,8 @@ impl Phase {
             Command::LoadSnapshot(message) => self.load_snapshot(&message, fds),
             Command::Claim(message) => self.claim(&message, fds),
             Command::SaveSnapshot(message) => self.save_snapshot(&message, fds),
+            Command::RecordWorkingSet(_) => self.record_working_set(fds),
+            Command::ReplayWorkingSet(message) => self.replay_working_set(message.copy_bytes, fds),
             Command::GetState(_) => {
                 let state = self.state();
                 (self, Ok(state))
@@ -249,6 +251,35 @@ impl Phase {
             other => return other.wrong("SaveSnapshot", "after Start, Pause or LoadSnapshot"),
         };
         (self, saved.map(Answer::Saved).map_err(Failure::from))
+    }
+
+    fn record_working_set(self, fds: Fds) -> Outcome {
+        let (Self::Parked(_) | Self::Running(_) | Self::Paused(_), Some(machine)) = (&self, self.machine()) else {
+            return self.wrong("RecordWorkingSet", "after LoadSnapshot");
+        };
+        let recorded = fds.only(|fd| Ok(machine.record_working_set(&fd.into())?));
+        (self, recorded.map(|()| Answer::Ok))
+    }
+
+    fn replay_working_set(self, copy_bytes: u64, fds: Fds) -> Outcome {
+        let Self::Parked(parked) = &self else {
+            return self.wrong("ReplayWorkingSet", "between LoadSnapshot and Claim");
+        };
+        let replayed = fds.only(|fd| Ok(parked.replay(&fd.into(), copy_bytes)?));
+        (self, replayed.map(|()| Answer::Ok))
+    }
+
+    /// Whether there is something to do for the guest when nobody asks for anything.
+    #[must_use]
+    pub fn has_spare_work(&self) -> bool {
+        matches!(self, Self::Running(running) if running.has_copies())
+    }
+
+    /// Does a part of that.
+    pub fn do_spare_work(&self) {
+        if let Self::Running(running) = self {
+            running.copy_some();
+        }
     }
 
     /// Whether a loaded machine waits to be claimed.
@@ -483,6 +514,8 @@ impl Fds {
             Command::LoadSnapshot(message) if message.paged => ("LoadSnapshot of paged memory", 3, 3 + MAX_BASES),
             Command::LoadSnapshot(_) => ("LoadSnapshot", 2, 2 + MAX_BASES),
             Command::SaveSnapshot(_) => ("SaveSnapshot", 2, 2),
+            Command::RecordWorkingSet(_) => ("RecordWorkingSet", 1, 1),
+            Command::ReplayWorkingSet(_) => ("ReplayWorkingSet", 1, 1),
             Command::Claim(message) => {
                 let count = claimed_fds(message);
                 ("this Claim", count, count)

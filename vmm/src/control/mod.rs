@@ -117,7 +117,7 @@ impl Server {
         let busy = phase.is_busy();
         let mut events = [EpollEvent::empty(); 4];
         let untrimmed = phase.is_parked() && !self.trimmed;
-        let patience = match (busy, untrimmed) {
+        let patience = match (busy || phase.has_spare_work(), untrimmed) {
             (true, _) => EpollTimeout::ZERO,
             (false, true) => PARKED_FOR_LONG.into(),
             (false, false) => EpollTimeout::NONE,
@@ -129,6 +129,9 @@ impl Server {
         if count == 0 && untrimmed {
             trim_heap();
             self.trimmed = true;
+        }
+        if count == 0 {
+            phase.do_spare_work();
         }
         for event in &events[..count] {
             match event.data() {
@@ -211,6 +214,8 @@ impl Server {
         };
         let before = phase.ahead();
         let (phase, outcome) = phase.handle(command, fds);
+        // Whatever it was, it may have taken something of the heap.
+        self.trimmed = false;
         if let Some(ahead) = phase.ahead().filter(|_| phase.ahead() != before) {
             // All threads are there, or what only loading needs is done.
             if let Err(error) = phase.narrow(&self.confine, ahead) {

@@ -179,6 +179,7 @@ const KVM_VCPU: &[u32] = &[
     0xaea1, // KVM_GET_DEBUGREGS
     0xaea4, // KVM_GET_XSAVE
     0xaea6, // KVM_GET_XCRS
+    0xaed5, // KVM_PRE_FAULT_MEMORY
 ];
 
 /// Those of a vCPU that is given a saved state.

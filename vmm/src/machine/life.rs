@@ -214,6 +214,14 @@ impl Parked {
     pub fn save(&self, request: SaveRequest) -> Result<Report, Error> {
         self.machine.save(request, Some(&self.time))
     }
+
+    /// Makes present what other clones have used, of which so many bytes may be copied before the claim.
+    ///
+    /// # Errors
+    /// The record is damaged or another snapshot's; nothing is lost.
+    pub fn replay(&self, record: &File, copy_bytes: u64) -> Result<(), Error> {
+        self.machine.replay_working_set(record, copy_bytes)
+    }
 }
 
 impl Running {
@@ -238,6 +246,17 @@ impl Running {
     /// There are not so many, or a thread is gone.
     pub fn use_vcpus(&self, count: u32) -> Result<(), Error> {
         self.machine.use_vcpus(count)
+    }
+
+    /// Whether there is memory to be copied that the guest is about to write.
+    #[must_use]
+    pub fn has_copies(&self) -> bool {
+        self.machine.has_copies()
+    }
+
+    /// Copies some of it.
+    pub fn copy_some(&self) {
+        self.machine.copy_some();
     }
 
     /// Begins to save the machine while the guest goes on.

@@ -2,7 +2,8 @@
 //!
 //! - [`life`]: the phases that it goes through, each a type of its own;
 //! - [`parts`]: how its parts are made, [`config`] of what was asked for, [`devices`] in their windows;
-//! - [`snapshot`]: saving and loading it, with the interrupt controllers of [`chipset`]; [`saving`]: while the guest runs.
+//! - [`snapshot`]: saving and loading it, with the interrupt controllers of [`chipset`]; [`saving`]: while the guest runs;
+//! - [`working_set`]: what clones use, recorded and replayed.
 
 pub mod chipset;
 pub mod config;
@@ -11,6 +12,7 @@ pub mod life;
 pub mod parts;
 pub mod saving;
 pub mod snapshot;
+mod working_set;
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -25,6 +27,7 @@ use self::config::Config;
 use self::devices::{AnyDevice, Builder, Slot};
 pub use self::life::{Created, HostFiles, Parked, Paused, Reserved, Running, Saving, Shell, Step};
 pub use self::parts::{create_interrupt_controllers, create_vm};
+use self::working_set::Replayed;
 use crate::acpi::{self, VirtioWindow};
 use crate::boot::{self, Entry};
 use crate::bus::{self, Bus};
@@ -152,6 +155,9 @@ pub enum Error {
         /// How many there are.
         count: usize,
     },
+    /// A working set of memory that is no snapshot's.
+    #[error("the machine was not loaded from a snapshot, of which there could be a working set")]
+    NotLoaded,
     /// Start without a kernel.
     #[error("no kernel is loaded: send LoadKernel first")]
     NoKernel,
@@ -192,6 +198,9 @@ pub struct Machine {
     /// Of a machine that is to be loaded: the ring for the raw disk that its claim brings.
     ring: Mutex<Option<Ring>>,
     pagemap: Arc<Pagemap>,
+    replayed: Replayed,
+    /// KVM can be told to map pages ahead of the guest.
+    prefaults: bool,
     shape: CreateMachine,
     host: Host,
     exit: ExitLatch,
@@ -261,6 +270,8 @@ impl Machine {
             source: Mutex::new(Arc::new(Anonymous)),
             ring: Mutex::new(ring),
             pagemap: shell.pagemap.clone(),
+            replayed: Replayed::default(),
+            prefaults: vcpu::prefault::is_offered(&shell.kvm),
             shape: config.shape.clone(),
             host: host_facts,
             exit: shell.exit.clone(),
@@ -362,6 +373,7 @@ impl Machine {
             let of_device = device.counters().into_iter();
             counters.extend(of_device.map(|(name, count)| (format!("{}.{name}", device.name()), count)));
         }
+        counters.extend(self.working_set_counters());
         counters
     }
 

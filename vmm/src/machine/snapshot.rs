@@ -23,7 +23,9 @@ use crate::jail::Confine;
 use crate::memory::file::{self, Difference, Id, MAX_RUNS, Trailer};
 use crate::memory::mapped::MappedFiles;
 use crate::memory::paged::PagedFiles;
+use crate::memory::pagemap::Pagemap;
 use crate::memory::pages::{PAGE, Pages};
+use crate::memory::populate::{self, Access};
 use crate::memory::writer::{Over, Writer};
 use crate::memory::{self, HOTPLUG_START, MemorySource, Range, Region};
 use crate::platform::GENERATION_PAGE;
@@ -213,7 +215,7 @@ impl Machine {
 
     /// Where there may be something in guest memory. Of what lies from [`HOTPLUG_START`] on this is `plugged` alone: the rest,
     /// which may be a hundred times as much, has no content.
-    fn places(&self, plugged: &[Range]) -> Pages {
+    pub(super) fn places(&self, plugged: &[Range]) -> Pages {
         let mut places = Pages::default();
         for (first, region) in memory::numbered(&self.memory) {
             for (start, end) in parts(region, plugged) {
@@ -224,19 +226,29 @@ impl Machine {
     }
 
     /// Of these, the pages that are not as they were loaded, or were read before there was anything in them.
-    fn own_pages(&self, places: &Pages) -> Result<Pages, Error> {
+    pub(super) fn own_pages(&self, places: &Pages) -> Result<Pages, Error> {
         let mut own = Pages::default();
+        self.look_at(places, |pagemap, address, pages| pagemap.own(address, pages, &mut own))?;
+        Ok(own)
+    }
+
+    /// Asks the page tables about these pages, run by run: each with the address of its first page.
+    pub(super) fn look_at(
+        &self,
+        places: &Pages,
+        mut ask: impl FnMut(&Pagemap, *const u8, std::ops::Range<u64>) -> io::Result<()>,
+    ) -> Result<(), Error> {
         for (first, region) in memory::numbered(&self.memory) {
             let here = places.and(&Pages::run(first..first + region.len() / PAGE));
             for run in here.runs() {
                 // An offset within a region, which is mapped as a whole.
                 let offset = usize::try_from((run.start - first) * PAGE).unwrap_or(0);
                 let address = region.as_ptr().wrapping_add(offset);
-                let asked = self.pagemap.own(address, run.clone(), &mut own);
+                let asked = ask(&self.pagemap, address, run.clone());
                 asked.map_err(|error| memory::Error::File(file::Error::Pagemap(error)))?;
             }
         }
-        Ok(own)
+        Ok(())
     }
 
     /// Where the guest has plugged memory, or may, as far as can be told while it runs.
@@ -347,7 +359,7 @@ impl Machine {
             places
                 .iter()
                 .for_each(|place| first_pages::populate(place, &self.memory));
-            first_pages::populate_page(&self.memory, GuestAddress(GENERATION_PAGE), true);
+            populate::page(&self.memory, GuestAddress(GENERATION_PAGE), Access::Write);
         }
         let restored = self.restore_devices(&snapshot.devices);
         // Whatever became of the devices: no vCPU is at it any more when this returns.
@@ -478,7 +490,7 @@ fn difference(theirs: &CreateMachine, ours: &CreateMachine) -> Option<(&'static 
     }
 }
 
-fn writable(file: &File, name: &'static str) -> Result<(), Error> {
+pub(super) fn writable(file: &File, name: &'static str) -> Result<(), Error> {
     let flags = fcntl(file, FcntlArg::F_GETFL).map_err(|errno| host("looking at a file")(errno.into()))?;
     let flags = OFlag::from_bits_retain(flags);
     let regular = file.metadata().map_err(host("looking at a file"))?.is_file();

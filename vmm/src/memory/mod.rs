@@ -25,6 +25,8 @@ pub mod mapped;
 pub mod paged;
 pub mod pagemap;
 pub mod pages;
+pub mod populate;
+pub mod working_set;
 pub mod writer;
 
 use std::fs::File;
@@ -83,6 +85,9 @@ pub enum Error {
     /// A page server.
     #[error(transparent)]
     Paged(#[from] paged::Error),
+    /// A working set.
+    #[error(transparent)]
+    WorkingSet(#[from] working_set::Error),
     /// More than this host can address.
     #[error("guest memory of {0:#x} bytes is more than this host can address")]
     TooLarge(u64),
@@ -145,6 +150,11 @@ pub trait MemorySource {
     /// # Errors
     /// It cannot be looked at.
     fn uses(&self, file: &File) -> io::Result<bool>;
+
+    /// Whether the kernel has all of it: nobody waits for a page but for the disk.
+    fn is_local(&self) -> bool {
+        true
+    }
 
     /// Maps memory for `ranges`.
     ///

@@ -243,6 +243,10 @@ impl MemorySource for PagedFiles {
     fn uses(&self, file: &File) -> io::Result<bool> {
         self.files.uses(file)
     }
+
+    fn is_local(&self) -> bool {
+        false
+    }
 }
 
 /// A descriptor as a socket that never blocks.

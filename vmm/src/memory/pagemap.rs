@@ -39,6 +39,26 @@ impl Pagemap {
     /// # Errors
     /// The kernel cannot be asked.
     pub fn own(&self, address: *const u8, pages: Range<u64>, own: &mut Pages) -> io::Result<()> {
+        self.each(address, pages, |page, state| {
+            if state == State::Own {
+                own.push(page..page + 1);
+            }
+        })
+    }
+
+    /// As [`own`](Self::own); and adds to `shared` those that are mapped and a file's.
+    ///
+    /// # Errors
+    /// The kernel cannot be asked.
+    pub fn used(&self, address: *const u8, pages: Range<u64>, own: &mut Pages, shared: &mut Pages) -> io::Result<()> {
+        self.each(address, pages, |page, state| match state {
+            State::Own => own.push(page..page + 1),
+            State::Shared => shared.push(page..page + 1),
+            State::Absent => {}
+        })
+    }
+
+    fn each(&self, address: *const u8, pages: Range<u64>, mut tell: impl FnMut(u64, State)) -> io::Result<()> {
         let mut entries = vec![0; BATCH * ENTRY];
         let start = address as u64 / PAGE;
         for first in pages.clone().step_by(BATCH) {
@@ -47,13 +67,32 @@ impl Pagemap {
             self.0
                 .read_exact_at(entries, (start + first - pages.start) * ENTRY as u64)?;
             let entries = entries.as_chunks::<ENTRY>().0.iter().copied().map(u64::from_ne_bytes);
-            for (page, entry) in (first..).zip(entries) {
-                if entry & (PRESENT | SWAPPED) != 0 && entry & OF_A_FILE == 0 {
-                    own.push(page..page + 1);
-                }
-            }
+            (first..)
+                .zip(entries)
+                .for_each(|(page, entry)| tell(page, State::of(entry)));
         }
         Ok(())
+    }
+}
+
+/// What a page is to the process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum State {
+    /// Nothing, as far as is known: the next access to it faults.
+    Absent,
+    /// A file's.
+    Shared,
+    /// Its own.
+    Own,
+}
+
+impl State {
+    fn of(entry: u64) -> Self {
+        match (entry & (PRESENT | SWAPPED), entry & OF_A_FILE) {
+            (0, _) => Self::Absent,
+            (_, 0) => Self::Own,
+            _ => Self::Shared,
+        }
     }
 }
 

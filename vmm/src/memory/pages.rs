@@ -8,6 +8,8 @@ use std::ops::Range;
 pub const PAGE: u64 = PAGE_BYTES as u64;
 /// The same, as a length in memory.
 pub const PAGE_BYTES: usize = 4096;
+/// Bytes of a run in a [table](Pages::table).
+pub const RUN: usize = 16;
 
 /// Pages, as runs in rising order that neither overlap nor touch.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -20,6 +22,32 @@ impl Pages {
         let mut pages = Self::default();
         pages.push(run);
         pages
+    }
+
+    /// As a table, for a file: of each run its first page and how many they are, 8 bytes each, little endian.
+    #[must_use]
+    pub fn table(&self) -> Vec<u8> {
+        let numbers = self.0.iter().flat_map(|run| [run.start, run.end - run.start]);
+        numbers.flat_map(u64::to_le_bytes).collect()
+    }
+
+    /// The runs of a table, if they are runs of pages before `end` in rising order.
+    #[must_use]
+    pub fn from_table(table: &[u8], end: u64) -> Option<Self> {
+        let mut pages = Self::default();
+        let mut least = 0;
+        for entry in table.as_chunks::<RUN>().0 {
+            let (start, count) = entry.split_at(RUN / 2);
+            let start = u64::from_le_bytes(start.try_into().ok()?);
+            let run_end = start.checked_add(u64::from_le_bytes(count.try_into().ok()?))?;
+            if start < least || run_end <= start || run_end > end {
+                return None;
+            }
+            // Runs that touch are one.
+            least = run_end + 1;
+            pages.push(start..run_end);
+        }
+        Some(pages)
     }
 
     /// Adds a run that begins at or behind the end of the last one.
@@ -238,5 +266,26 @@ mod tests {
         assert_eq!(set.in_runs(1, 0), Pages::run(0..101));
         let again = set.in_runs(2, 0);
         assert_eq!(again.in_runs(2, 0), again);
+    }
+
+    /// Somebody who makes digests can write any table.
+    #[test]
+    fn a_table_of_runs_that_cannot_be_is_refused() {
+        let table = |runs: &[(u64, u64)]| -> Vec<u8> {
+            let numbers = runs.iter().flat_map(|(start, count)| [*start, *count]);
+            numbers.flat_map(u64::to_le_bytes).collect()
+        };
+        assert!(Pages::from_table(&table(&[(0, 1), (2, 8)]), 10).is_some());
+        let cases: [&[(u64, u64)]; 6] = [
+            &[(0, 0)],
+            &[(9, 2)],
+            &[(4, 2), (3, 1)],
+            &[(4, 2), (6, 1)],
+            &[(u64::MAX, 2)],
+            &[(1, u64::MAX)],
+        ];
+        for runs in cases {
+            assert_eq!(Pages::from_table(&table(runs), 10), None, "{runs:?}");
+        }
     }
 }

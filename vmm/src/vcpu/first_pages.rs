@@ -8,11 +8,12 @@
 use std::collections::BTreeMap;
 
 use kvm_bindings::{kvm_regs, kvm_sregs};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
+use vm_memory::{Bytes, GuestAddress};
 
 use super::state::VcpuState;
 use crate::memory::GuestMemory;
 use crate::memory::pages::PAGE;
+use crate::memory::populate::{self, Access};
 
 /// Paging is on (SDM volume 3, 2.5), there are five levels of tables, and they are those of 64 bits (2.2.1).
 const CR0_PG: u64 = 1 << 31;
@@ -42,22 +43,9 @@ impl From<&VcpuState> for Place {
 /// Makes the pages present. What cannot be is left to the fault that needs it.
 pub fn populate(place: &Place, memory: &GuestMemory) {
     for (page, written) in pages(place, memory) {
-        populate_page(memory, GuestAddress(page * PAGE), written);
+        let access = if written { Access::Write } else { Access::Read };
+        populate::page(memory, GuestAddress(page * PAGE), access);
     }
-}
-
-/// Makes one page present, as a copy of its own if it will be written.
-pub fn populate_page(memory: &GuestMemory, page: GuestAddress, written: bool) {
-    let Ok(address) = memory.get_host_address(page) else {
-        return;
-    };
-    let advice = if written {
-        libc::MADV_POPULATE_WRITE
-    } else {
-        libc::MADV_POPULATE_READ
-    };
-    // SAFETY: a whole page of guest memory, whose content stays. A kernel before Linux 5.14 refuses, and time is all that is lost.
-    unsafe { libc::madvise(address.cast(), 4096, advice) };
 }
 
 /// Numbers of pages, and whether each will be written.
@@ -163,7 +151,7 @@ mod tests {
             ..long_mode()
         };
         assert_eq!(walked(&outside, &memory, u64::MAX), [(ADDRESS / PAGE, true)]);
-        populate_page(&memory, GuestAddress(ADDRESS), true);
+        populate::page(&memory, GuestAddress(ADDRESS), Access::Write);
         assert_eq!(walked(&kvm_sregs::default(), &memory, 0x1234), [(1, false)]);
     }
 }

@@ -3,13 +3,14 @@
 //! - `cpuid`: what the guest learns of its processors; `level`: what of the host's it may learn of; `features`: where that stands;
 //! - `registers`: state at the first instruction;
 //! - `state`: all that is saved of a vCPU;
-//! - `first_pages`: what a loaded one touches first;
+//! - `first_pages`: what a loaded one touches first; `prefault`: KVM's own tables for it;
 //! - `thread`: the loop around KVM_RUN.
 
 pub mod cpuid;
 pub(crate) mod features;
 pub mod first_pages;
 pub mod level;
+pub mod prefault;
 pub mod registers;
 pub mod state;
 pub mod thread;

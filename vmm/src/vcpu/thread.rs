@@ -25,11 +25,12 @@ use kvm_ioctls::{VcpuExit, VcpuFd};
 use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
 
 use super::state::{VcpuState, VcpuTime};
-use super::{Error, registers, state};
+use super::{Error, prefault, registers, state};
 use crate::boot::Entry;
 use crate::bus::Bus;
 use crate::control::commands;
 use crate::exit::{Exit, ExitLatch, LOST};
+use crate::memory::Range;
 
 /// Enough for the deepest call below a device's registers; guest code does not run on it.
 const STACK_BYTES: usize = 256 << 10;
@@ -62,6 +63,7 @@ enum Command {
     Save(Vec<u32>, Reply<Box<VcpuState>>),
     Restore(Box<VcpuState>, Option<u32>, Reply<()>),
     RestoreTime(VcpuTime, Reply<()>),
+    Prefault(Vec<Range>, Sender<()>),
     Narrow(Narrowing, Sender<io::Result<()>>),
 }
 
@@ -218,6 +220,14 @@ impl Vcpu {
         self.ask(|reply| Command::RestoreTime(time, reply))
     }
 
+    /// Has KVM map guest memory before the guest asks for it, as far as it can; the vCPU must not run.
+    ///
+    /// # Errors
+    /// The thread is gone.
+    pub fn prefault(&self, ranges: Vec<Range>) -> Result<Answer<'_, ()>, Error> {
+        self.ask(|reply| Command::Prefault(ranges, reply))
+    }
+
     /// Has its thread confine itself further.
     ///
     /// # Errors
@@ -320,6 +330,10 @@ impl Runner {
                 drop(reply.send(restored));
             }
             Command::RestoreTime(time, reply) => drop(reply.send(self.told(state::restore_time(&self.fd, time)))),
+            Command::Prefault(ranges, reply) => {
+                prefault::map(&self.fd, &ranges);
+                let _ = reply.send(());
+            }
             Command::Narrow(confine, reply) => drop(reply.send(confine())),
         }
         Next::Wait

@@ -111,10 +111,17 @@ impl Keeper {
         let Self { means, shared, pause } = self;
         let mut making = FuturesUnordered::new();
         let mut ending = FuturesUnordered::new();
+        // One at a time, so that the others can be claimed.
+        let mut learning = FuturesUnordered::new();
         let mut rest: Option<Pin<Box<Sleep>>> = None;
         loop {
-            while rest.is_none() && making.len() < AT_ONCE && lock(&shared.parked).len() + making.len() < shared.size {
-                making.push(Parked::make(means, shared, template));
+            let missing = shared
+                .size
+                .saturating_sub(lock(&shared.parked).len() + making.len() + learning.len());
+            let free = if rest.is_none() { AT_ONCE - making.len() } else { 0 };
+            making.extend((0..missing.min(free)).map(|_| Parked::make(means, shared, template)));
+            if learning.is_empty() {
+                learning.extend(shared.take_learner().map(Parked::learn));
             }
             tokio::select! {
                 Some(made) = making.next() => match made {
@@ -142,7 +149,12 @@ impl Keeper {
                     tracing::warn!(name, ?exited, pause = ?after, "a parked clone has ended");
                     rest = Some(Box::pin(sleep(after)));
                 },
+                Some(learnt) = learning.next() => if let Some(parked) = learnt {
+                    tracing::info!(name = parked.name(), "a parked clone has learnt what others use");
+                    shared.put(parked);
+                },
                 () = shared.changed.notified() => {}
+                () = template.recorded() => {}
                 () = shared.replaced.notified() => return Over::Replaced,
                 () = over(&mut rest), if rest.is_some() => rest = None,
             }

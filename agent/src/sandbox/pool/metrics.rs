@@ -20,6 +20,10 @@ pub struct PoolMetrics {
     pub failures: Counter,
     /// Templates that were made.
     pub templates: Counter,
+    /// Working sets that were recorded.
+    pub working_sets: Counter,
+    /// Clones that were given a working set.
+    pub replays: Counter,
     /// From the request for a sandbox to the guest going on.
     pub claim: Histogram,
 }
@@ -33,6 +37,8 @@ impl Default for PoolMetrics {
             misfits: Counter::default(),
             failures: Counter::default(),
             templates: Counter::default(),
+            working_sets: Counter::default(),
+            replays: Counter::default(),
             // 0.1 ms to 0.8 s, doubling.
             claim: Histogram::new(prometheus_client::metrics::histogram::exponential_buckets(
                 0.0001, 2.0, 14,
@@ -61,6 +67,16 @@ impl PoolMetrics {
             self.failures.clone(),
         );
         registry.register("pool_templates", "Templates that were made", self.templates.clone());
+        registry.register(
+            "pool_working_sets",
+            "Working sets that were recorded",
+            self.working_sets.clone(),
+        );
+        registry.register(
+            "pool_replays",
+            "Parked clones that were given a working set",
+            self.replays.clone(),
+        );
         registry.register_with_unit(
             "pool_claim",
             "From the request for a sandbox to its guest going on",

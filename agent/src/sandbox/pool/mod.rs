@@ -13,6 +13,7 @@
 //! - [`growth`]: from a clone's size to its pod's, once it has woken up;
 //! - [`parked`]: one clone: made, claimed, given its identity. A claim consumes it, so that no two pods get the same one;
 //! - [`keeper`]: the task that fills the pool;
+//! - [`working_set`]: what the first clones used of the template's memory, for later ones;
 //! - [`metrics`]: what became of all this.
 //!
 //! A parked clone's folder and intent are those of a sandbox whose start is not complete: a flintd that finds one after the
@@ -25,6 +26,7 @@ mod metrics;
 mod parked;
 mod shape;
 mod template;
+mod working_set;
 
 use std::{
     collections::{HashMap, VecDeque},
@@ -38,6 +40,7 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
+pub(super) use self::working_set::WorkingSet;
 pub use self::{
     exchange::{TemplateFiles, TemplateRecord, Templates},
     metrics::PoolMetrics,
@@ -69,6 +72,8 @@ pub struct Config {
     pub scratch_bytes: u64,
     /// Most images of a pod.
     pub images: u32,
+    /// Memory that a parked clone may copy ahead of what clones were seen to write, if that is to be looked at at all.
+    pub working_sets: Option<u64>,
     /// Where to count.
     pub metrics: PoolMetrics,
 }
@@ -82,6 +87,7 @@ impl Default for Config {
             largest_bytes: 32 << 30,
             scratch_bytes: 4 << 30,
             images: 8,
+            working_sets: Some(0),
             metrics: PoolMetrics::default(),
         }
     }
@@ -238,6 +244,16 @@ impl Shared {
         let parked = lock(&self.parked).pop_front();
         self.recount();
         parked
+    }
+
+    /// Takes the last one that has something to learn: it would be claimed last.
+    fn take_learner(&self) -> Option<Parked> {
+        let mut all = lock(&self.parked);
+        let place = all.iter().rposition(Parked::can_learn)?;
+        let learner = all.remove(place);
+        drop(all);
+        self.recount();
+        learner
     }
 
     fn put(&self, parked: Parked) {

@@ -13,7 +13,7 @@ use thiserror::Error;
 use tokio_util::sync::DropGuard;
 
 use super::{
-    Shared,
+    Shared, WorkingSet,
     growth::Growth,
     lock,
     shape::Shape,
@@ -42,6 +42,8 @@ struct Body {
     folder: Folder,
     control: Control,
     end: End,
+    /// For what it uses of its memory, if nothing was replayed to it.
+    lesson: Option<Arc<WorkingSet>>,
     /// Ends it with this.
     guard: DropGuard,
 }
@@ -133,10 +135,11 @@ impl Parked {
                 LoadFailure::Refused(line) => template.error(TemplateError::Refused(line)),
                 LoadFailure::Other(error) => error,
             })?;
-            Ok((shell.control, tap, scratch))
+            let lesson = lesson(template, &shell.control).await?;
+            Ok((shell.control, tap, scratch, lesson))
         };
         match parts.await {
-            Ok((control, tap, scratch)) => Ok(Self {
+            Ok((control, tap, scratch, lesson)) => Ok(Self {
                 body: Body {
                     name,
                     uid,
@@ -144,6 +147,7 @@ impl Parked {
                     folder,
                     control,
                     end,
+                    lesson,
                     guard,
                 },
                 tap,
@@ -151,6 +155,21 @@ impl Parked {
             }),
             Err(error) => Err(explain(&end, error).await),
         }
+    }
+
+    /// Whether others have meanwhile shown what it will use of its memory.
+    pub(super) fn can_learn(&self) -> bool {
+        self.body.lesson.as_ref().is_some_and(|set| set.is_recorded())
+    }
+
+    /// Has it use that. None: it is no more.
+    pub(super) async fn learn(mut self) -> Option<Self> {
+        if let Some(set) = &self.body.lesson
+            && set.replay(&self.body.control).await.ok()?
+        {
+            self.body.lesson = None;
+        }
+        Some(self)
     }
 
     pub(super) fn name(&self) -> &str {
@@ -262,6 +281,15 @@ pub(super) async fn load(
     shell.bind_host().await.map_err(LoadFailure::Other)
 }
 
+/// Gives a parked machine what others have used of its memory, or has it be one from which that is learnt.
+async fn lesson(template: &Template, control: &Control) -> Result<Option<Arc<WorkingSet>>, ControlError> {
+    let Some(set) = template.working_set() else {
+        return Ok(None);
+    };
+    let replayed = set.replay(control).await?;
+    Ok((!replayed).then(|| Arc::clone(set)))
+}
+
 impl Claimed {
     /// Waits for the guest, gives it its size and identity, and then opens its network. A guest that does not acknowledge ends.
     pub(in crate::sandbox) async fn adopt(
@@ -272,9 +300,15 @@ impl Claimed {
     ) -> Result<Sandbox, SandboxError> {
         match self.wake(means, &spec, timeline).await {
             Ok(ready) => {
-                let Body { guard, end, gate, .. } = self.body;
+                let Body {
+                    guard,
+                    end,
+                    gate,
+                    lesson,
+                    ..
+                } = self.body;
                 guard.disarm();
-                Ok(Sandbox::new(&spec, Some(gate.address()), ready, end))
+                Ok(Sandbox::new(&spec, Some(gate.address()), ready, end).teaching(lesson))
             }
             Err(error) => Err(explain(&self.body.end, error).await),
         }

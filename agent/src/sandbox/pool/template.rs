@@ -19,6 +19,7 @@ use std::{
         unix::fs::{DirBuilderExt, FileExt, MetadataExt},
     },
     path::{Path, PathBuf},
+    sync::Arc,
 };
 
 use blake3::{Hash, Hasher};
@@ -32,7 +33,7 @@ use prost::Message;
 use tempfile::TempDir;
 use thiserror::Error;
 
-use super::{Shared, parked::new_name, shape::Shape};
+use super::{Shared, WorkingSet, parked::new_name, shape::Shape};
 use crate::{
     chain,
     sandbox::{
@@ -73,11 +74,21 @@ pub(super) struct Template {
     folder: PathBuf,
     pub(super) state: File,
     pub(super) memory: File,
+    /// None: nobody is to look.
+    working_set: Option<Arc<WorkingSet>>,
 }
 
 impl Template {
     /// The template for this host as it is now: the one that is there, if it is sound, or a new one.
     pub(super) async fn open_or_make(means: &Means, shared: &Shared) -> Result<Self, SandboxError> {
+        let mut template = Self::find_or_make(means, shared).await?;
+        let wanted = means.config.pool.working_sets;
+        let working_set = wanted.map(|bytes| WorkingSet::open(&template.folder, bytes, &shared.metrics));
+        template.working_set = working_set.map(Arc::new);
+        Ok(template)
+    }
+
+    async fn find_or_make(means: &Means, shared: &Shared) -> Result<Self, SandboxError> {
         let _mine = shared.arranging.lock().await;
         let supply = means.supplies.take().await?;
         let templates = folder_of(means);
@@ -98,6 +109,28 @@ impl Template {
         make(means, shared, &supply, &templates, &folder).await
     }
 
+    fn new(folder: PathBuf, state: File, memory: File) -> Self {
+        Self {
+            folder,
+            state,
+            memory,
+            working_set: None,
+        }
+    }
+
+    /// What its clones use.
+    pub(super) fn working_set(&self) -> Option<&Arc<WorkingSet>> {
+        self.working_set.as_ref()
+    }
+
+    /// Waits until somebody has recorded that.
+    pub(super) async fn recorded(&self) {
+        match &self.working_set {
+            Some(set) => set.recorded().await,
+            None => std::future::pending().await,
+        }
+    }
+
     /// Opens one and looks whether it is what was made.
     pub(super) fn open(folder: PathBuf) -> Result<Self, TemplateError> {
         let file = |name| File::open(folder.join(name)).map_err(|error| TemplateError::Read(name, error));
@@ -110,7 +143,7 @@ impl Template {
                 return Err(TemplateError::Damaged(name));
             }
         }
-        Ok(Self { folder, state, memory })
+        Ok(Self::new(folder, state, memory))
     }
 
     /// As LoadSnapshot takes them.
@@ -257,7 +290,7 @@ pub(super) fn seal(draft: TempDir, folder: PathBuf) -> Result<Template, SandboxE
         File::open(&path).map_err(file_error("open", path))
     };
     let (state, memory) = (open("state")?, open("memory")?);
-    Ok(Template { folder, state, memory })
+    Ok(Template::new(folder, state, memory))
 }
 
 fn sync_folder(folder: &Path) -> Result<(), SandboxError> {
