@@ -10,7 +10,8 @@ use crate::registry::{self, Challenge, Choice};
 
 /// Reads a layer as it is stored: gzip, zstd or plain.
 pub fn compressed_layer(stored: &[u8], sink: &mut impl ChunkSink, limits: &layer::Limits) -> Option<LayerIndex> {
-    ingest::unpack(&mut &stored[..], sink, limits).0.ok()
+    let unpacked = ingest::unpack(&mut &stored[..], sink, limits);
+    unpacked.result.ok().map(|(index, _)| index)
 }
 
 /// Reads a manifest or an index, and chooses out of the latter.

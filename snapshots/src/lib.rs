@@ -10,6 +10,8 @@
 //! The reading side ([`device`], [`chunk`]) is always there and small: flint-vmm uses it and nothing else. The writing side
 //! is behind the feature `store` and serves flintd.
 
+#[cfg(feature = "store")]
+pub mod access;
 mod bytes;
 pub mod chunk;
 pub mod device;

@@ -481,8 +481,7 @@ fn the_test_images_are_umocis() {
         let unpack = |layer| {
             let stored = blob(layer);
             let mut tar = Vec::new();
-            let unpacked =
-                crate::images::ingest::decompress(&mut &stored[..]).and_then(|mut all| all.read_to_end(&mut tar));
+            let unpacked = crate::access::Decompress::new(&stored[..]).and_then(|mut all| all.read_to_end(&mut tar));
             unpacked.unwrap();
             tar
         };

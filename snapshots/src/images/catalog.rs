@@ -12,7 +12,9 @@ use std::sync::{PoisonError, RwLock};
 
 use redb::{ReadableTable, TableDefinition};
 
+use super::accesses::Accesses;
 use super::{Image, ImageError};
+use crate::access::LayerAccess;
 use crate::chunk::ChunkId;
 use crate::device::{PackLocation, Table, content_name, packs_of};
 use crate::image::Image as DeviceImage;
@@ -30,6 +32,7 @@ const LAYERS: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("layers");
 pub(crate) struct Catalog {
     chunks: ChunkStore,
     tables: PathBuf,
+    accesses: Accesses,
     /// Held for reading while chunks' places are looked up and relied upon; for writing while a sweep may move them.
     places: RwLock<()>,
 }
@@ -48,9 +51,11 @@ impl Catalog {
             Ok(())
         })?;
         shelf::open(&chunks)?;
+        let accesses = Accesses::open(chunks.dir())?;
         let catalog = Self {
             chunks,
             tables,
+            accesses,
             places: RwLock::new(()),
         };
         let images = catalog.digests()?;
@@ -180,8 +185,15 @@ impl Catalog {
             .transpose()
     }
 
-    /// Keeps a layer, all of whose chunks are committed.
-    pub(crate) fn add_layer(&self, diff_id: Digest, layer: &LayerIndex) -> Result<(), ImageError> {
+    /// How the layer can be read in part, if that is known.
+    pub(crate) fn layer_access(&self, diff_id: Digest) -> Result<Option<LayerAccess>, ImageError> {
+        Ok(self.accesses.get(diff_id)?)
+    }
+
+    /// Keeps a layer, all of whose chunks are committed, and how it can be read in part.
+    pub(crate) fn add_layer(&self, layer: &LayerIndex, access: &LayerAccess) -> Result<(), ImageError> {
+        let diff_id = access.diff_id;
+        self.accesses.put(access);
         let (key, bytes) = (diff_id.to_string(), layer.encode());
         self.chunks.index().write("adding a layer", |txn| {
             txn.open_table(LAYERS)?.insert(key.as_str(), bytes.as_slice())?;
@@ -300,6 +312,7 @@ impl Catalog {
                 txn.open_table(LAYERS)?.retain(|diff_id, _| needed.contains(diff_id))?;
                 Ok(())
             })?;
+            self.accesses.retain(&needed)?;
         }
         let (mut live, layers) = self.chunks.index().read("listing what lives", |txn| {
             let mut live = HashSet::new();

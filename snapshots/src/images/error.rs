@@ -71,6 +71,14 @@ pub enum ImageError {
         /// As it was named.
         image: String,
     },
+    /// The image has no such layer.
+    #[error("{image} has no layer {layer} at its registry: its name may have moved to another image")]
+    NoSuchLayer {
+        /// Which image.
+        image: String,
+        /// The layer's digest.
+        layer: Digest,
+    },
     /// Somebody uses it.
     #[error("image {image} is in use by a sandbox: end that first")]
     InUse {
@@ -175,7 +183,7 @@ impl ImageError {
             Self::Assemble { .. } => ErrorKind::BadImage,
             Self::Table { .. } | Self::Record { .. } | Self::Worker(_) => ErrorKind::Internal,
             Self::Deadline { .. } => ErrorKind::Deadline,
-            Self::NotHere { .. } => ErrorKind::NotFound,
+            Self::NotHere { .. } | Self::NoSuchLayer { .. } => ErrorKind::NotFound,
             Self::InUse { .. } => ErrorKind::InUse,
         }
     }

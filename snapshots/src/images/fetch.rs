@@ -15,6 +15,7 @@ use super::flight::{Reporter, Stage};
 use super::ingest::{self, ChannelReader, Expected};
 use super::record::{Image, ImageConfig};
 use super::{Inner, blocking};
+use crate::access::LayerAccess;
 use crate::import::{Archive, LayerFile};
 use crate::layer::LayerIndex;
 use crate::registry::{Blob, BlobStream, Credentials, Digest, ImageReference, Pull};
@@ -182,6 +183,9 @@ async fn fetch_layers(
     Ok(layers)
 }
 
+/// A layer's index, and how its chunks can be had again.
+type Ingested = (LayerIndex, LayerAccess);
+
 /// One layer.
 #[derive(Clone)]
 struct Job {
@@ -212,7 +216,7 @@ impl Job {
     }
 
     async fn fetch(&self) -> Result<LayerIndex, ImageError> {
-        let layer = match &self.origin {
+        let (layer, access) = match &self.origin {
             LayerOrigin::File(file) => {
                 let (job, file) = (self.clone(), Arc::clone(file));
                 let expected = Expected {
@@ -232,14 +236,14 @@ impl Job {
         let job = self.clone();
         blocking(move || {
             job.session.commit()?;
-            job.inner.catalog.add_layer(job.diff_id, &layer)?;
+            job.inner.catalog.add_layer(&layer, &access)?;
             Ok(layer)
         })
         .await
     }
 
     /// Asks one source after the other: what a mirror cannot serve, or serves wrongly, the registry may.
-    async fn fetch_from_registry(&self, pull: &Pull, blob: Blob) -> Result<LayerIndex, ImageError> {
+    async fn fetch_from_registry(&self, pull: &Pull, blob: Blob) -> Result<Ingested, ImageError> {
         let mut source = 0;
         loop {
             let Some(stream) = pull.blob(blob, source) else {
@@ -257,7 +261,7 @@ impl Job {
         }
     }
 
-    async fn fetch_from_source(&self, mut stream: BlobStream, blob: Blob) -> Result<LayerIndex, ImageError> {
+    async fn fetch_from_source(&self, mut stream: BlobStream, blob: Blob) -> Result<Ingested, ImageError> {
         let (sender, pieces) = mpsc::channel(16);
         let (job, expected) = (
             self.clone(),
@@ -269,7 +273,7 @@ impl Job {
         let ingest = blocking(move || job.ingest(ChannelReader::new(pieces), expected));
         let feed = async move {
             while let Some(piece) = stream.next().await? {
-                if sender.send(piece).await.is_err() {
+                if sender.send(Ok(piece)).await.is_err() {
                     // The reader gave up; its own error says why.
                     break;
                 }
@@ -283,7 +287,7 @@ impl Job {
         }
     }
 
-    fn ingest(&self, reader: impl std::io::Read + Send, expected: Expected) -> Result<LayerIndex, ImageError> {
+    fn ingest(&self, reader: impl std::io::Read + Send, expected: Expected) -> Result<Ingested, ImageError> {
         let mut sink = self.session.sink()?;
         let counted = Cell::new(0);
         let advanced = |bytes| {

@@ -1,20 +1,21 @@
 //! A layer's bytes on their way into chunks: counted, hashed, decompressed, hashed again, cut.
 //!
 //! ```text
-//!   source ─> Tap (size, digest) ─> gunzip | unzstd | nothing ─> Tap (diff id) ─> layer::ingest ─> chunks
+//!   source ─> Tap (size, digest) ─> access::Decompress ─> Tap (diff id) ─> layer::ingest ─> chunks
 //! ```
 //!
 //! Both digests are compared at the end, also when something in the middle did not like the bytes: that they are altered
 //! explains it best.
 
-use std::io::{self, BufRead, BufReader, Read};
+use std::io::{self, BufReader, Read};
 
 use tokio::sync::mpsc;
 
 use super::error::{ImageError, LayerError};
+use crate::access::{Checkpoint, Compression, Decompress, LayerAccess};
 use crate::chunk::ChunkSink;
 use crate::image::Image as DeviceImage;
-use crate::layer::{self, LayerIndex};
+use crate::layer::{self, LayerIndex, Places};
 use crate::registry::{Digest, Hasher};
 use crate::store::StoreError;
 
@@ -26,22 +27,22 @@ pub(crate) struct Expected {
     pub(crate) diff_id: Digest,
 }
 
-/// Reads a layer of `stored_len` bytes from `source` into `sink`.
+/// Reads a layer of `stored_len` bytes from `source` into `sink`; its index, and how its chunks can be had from it again.
 pub(crate) fn layer(
     source: impl Read,
     stored_len: u64,
     expected: Expected,
     sink: &mut impl ChunkSink,
     advanced: &dyn Fn(u64),
-) -> Result<LayerIndex, LayerError> {
+) -> Result<(LayerIndex, LayerAccess), LayerError> {
     let mut stored = Tap::new(source, advanced);
     let limits = layer::Limits::default().for_compressed_len(stored_len);
-    let (result, diff_id) = unpack(&mut stored, sink, &limits);
-    if let Some(error) = result.as_ref().err().and_then(find_store_error) {
+    let unpacked = unpack(&mut stored, sink, &limits);
+    if let Some(error) = unpacked.result.as_ref().err().and_then(find_store_error) {
         return Err(error.into());
     }
     let drained = io::copy(&mut stored, &mut io::sink());
-    let (len, digest) = stored.finish();
+    let (_, len, digest) = stored.finish();
     if let (Some((expected, size)), Ok(_)) = (expected.blob, drained) {
         if len != size {
             return Err(LayerError::Length {
@@ -56,51 +57,73 @@ pub(crate) fn layer(
             });
         }
     }
-    let index = result.map_err(|error| LayerError::Tar(describe(&*error)))?;
-    if diff_id != expected.diff_id {
+    let found = unpacked.diff_id;
+    let ingested = unpacked
+        .into_access(digest, len)
+        .map_err(|error| LayerError::Tar(describe(&*error)))?;
+    if found != expected.diff_id {
         return Err(LayerError::DiffId {
             expected: expected.diff_id,
-            found: diff_id,
+            found,
         });
     }
-    Ok(index)
+    Ok(ingested)
 }
 
 type BoxError = Box<dyn std::error::Error + Send + Sync>;
 
-pub(crate) fn unpack(
-    stored: &mut impl Read,
-    sink: &mut impl ChunkSink,
-    limits: &layer::Limits,
-) -> (Result<LayerIndex, BoxError>, Digest) {
-    let decompressed = match decompress(stored) {
-        Ok(decompressed) => decompressed,
-        Err(error) => return (Err(error.into()), Digest::of(b"")),
-    };
-    let mut tar = Tap::new(decompressed, &|_| ());
-    // It reads to the stream's end: padding behind the archive belongs to the diff id.
-    let result = layer::ingest(&mut tar, sink, limits).map_err(BoxError::from);
-    (result, tar.finish().1)
+/// A layer that was read to its end, or as far as it made sense.
+pub(crate) struct Unpacked {
+    pub(crate) result: Result<(LayerIndex, Places), BoxError>,
+    diff_id: Digest,
+    stream_len: u64,
+    compression: Compression,
+    checkpoints: Vec<Checkpoint>,
 }
 
-/// Tells the compression by the first bytes: media types are wrong too often, and archives have none.
-pub(crate) fn decompress<'a>(stored: &'a mut impl Read) -> io::Result<Box<dyn Read + 'a>> {
-    /// A frame that wants a larger window is refused: 128 MiB is what zstd's own tool allows without being asked.
-    const WINDOW_LOG_MAX: u32 = 27;
-    let mut stored = BufReader::with_capacity(128 << 10, stored);
-    let head = stored.fill_buf()?;
-    if head.starts_with(&[0x1f, 0x8b]) {
-        Ok(Box::new(flate2::bufread::MultiGzDecoder::new(stored)))
-    } else if head.starts_with(&[0x28, 0xb5, 0x2f, 0xfd])
-        || head
-            .get(..4)
-            .is_some_and(|m| m[0] & 0xf0 == 0x50 && m[1..] == [0x2a, 0x4d, 0x18])
-    {
-        let mut decoder = zstd::stream::read::Decoder::with_buffer(stored)?;
-        decoder.window_log_max(WINDOW_LOG_MAX)?;
-        Ok(Box::new(decoder))
-    } else {
-        Ok(Box::new(stored))
+impl Unpacked {
+    /// The layer's index, and how its chunks can be had of the blob that it was read from.
+    pub(crate) fn into_access(self, blob: Digest, blob_len: u64) -> Result<(LayerIndex, LayerAccess), BoxError> {
+        let (index, places) = self.result?;
+        let access = LayerAccess {
+            blob,
+            blob_len,
+            diff_id: self.diff_id,
+            stream_len: self.stream_len,
+            compression: self.compression,
+            checkpoints: self.checkpoints,
+            chunks: index.chunks.clone(),
+            places,
+        };
+        Ok((index, access))
+    }
+}
+
+pub(crate) fn unpack(stored: &mut impl Read, sink: &mut impl ChunkSink, limits: &layer::Limits) -> Unpacked {
+    let stored = BufReader::with_capacity(128 << 10, stored);
+    let decompress = match Decompress::new(stored) {
+        Ok(decompress) => decompress,
+        Err(error) => {
+            return Unpacked {
+                result: Err(error.into()),
+                diff_id: Digest::of(b""),
+                stream_len: 0,
+                compression: Compression::Plain,
+                checkpoints: Vec::new(),
+            };
+        }
+    };
+    let mut tar = Tap::new(decompress, &|_| ());
+    // It reads to the stream's end: padding behind the archive belongs to the diff id.
+    let result = layer::ingest_placed(&mut tar, sink, limits).map_err(BoxError::from);
+    let (decompress, stream_len, diff_id) = tar.finish();
+    let (compression, checkpoints) = decompress.finish();
+    Unpacked {
+        result,
+        diff_id,
+        stream_len,
+        compression,
+        checkpoints,
     }
 }
 
@@ -162,8 +185,8 @@ impl<'a, R: Read> Tap<'a, R> {
         }
     }
 
-    fn finish(self) -> (u64, Digest) {
-        (self.len, self.hasher.finish())
+    fn finish(self) -> (R, u64, Digest) {
+        (self.inner, self.len, self.hasher.finish())
     }
 }
 
@@ -179,12 +202,12 @@ impl<R: Read> Read for Tap<'_, R> {
 
 /// Bytes that an asynchronous task sends, for a thread to read.
 pub(crate) struct ChannelReader {
-    pieces: mpsc::Receiver<Vec<u8>>,
+    pieces: mpsc::Receiver<io::Result<Vec<u8>>>,
     piece: io::Cursor<Vec<u8>>,
 }
 
 impl ChannelReader {
-    pub(crate) fn new(pieces: mpsc::Receiver<Vec<u8>>) -> Self {
+    pub(crate) fn new(pieces: mpsc::Receiver<io::Result<Vec<u8>>>) -> Self {
         Self {
             pieces,
             piece: io::Cursor::default(),
@@ -201,7 +224,7 @@ impl Read for ChannelReader {
                 return Ok(read);
             }
             match self.pieces.blocking_recv() {
-                Some(piece) => self.piece = io::Cursor::new(piece),
+                Some(piece) => self.piece = io::Cursor::new(piece?),
                 None => return Ok(0),
             }
         }

@@ -12,12 +12,14 @@
 //! Until the last step nothing of an image is visible; what work that failed leaves behind is cache: complete layers serve
 //! the next attempt, and the next sweep (at a removal, at opening, when the disk is full) takes whatever is left.
 
+mod accesses;
 mod catalog;
 mod error;
 mod fetch;
 mod flight;
 pub(crate) mod ingest;
 mod keep;
+mod ranges;
 mod record;
 
 use std::fs::File;
@@ -33,8 +35,11 @@ pub use record::{Image, ImageConfig};
 use catalog::Catalog;
 use flight::{Flights, Key};
 use keep::Uses;
+use ranges::RegistryRanges;
+use tokio::runtime::Handle;
 
-use crate::registry::{Credentials, Digest, ImageReference, Registry, RegistryConfig};
+use crate::access::{LayerAccess, LayerSource};
+use crate::registry::{Blob, Credentials, Digest, ImageReference, Registry, RegistryConfig};
 use crate::store::{ChunkStore, StoreOptions};
 
 /// How the image store works.
@@ -232,6 +237,39 @@ impl ImageStore {
     pub async fn hold(&self, digest: Digest) -> Result<InUse, ImageError> {
         let inner = Arc::clone(&self.inner);
         blocking(move || inner.hold(digest)).await
+    }
+
+    /// How the layer of that diff id can be read in part, if it was pulled or imported here.
+    ///
+    /// # Errors
+    /// When the file that tells cannot be read.
+    pub async fn layer_access(&self, diff_id: Digest) -> Result<Option<LayerAccess>, ImageError> {
+        let inner = Arc::clone(&self.inner);
+        blocking(move || inner.catalog.layer_access(diff_id)).await
+    }
+
+    /// A source of the chunks of the layer that `access` tells of, out of the registries that have the image `reference`.
+    /// Reads of it block, and are done on the calling runtime: call it from another thread.
+    ///
+    /// # Errors
+    /// When the registry cannot serve the image, and when the image has no such layer.
+    pub async fn layer_source(
+        &self,
+        reference: &str,
+        credentials: Option<Credentials>,
+        access: Arc<LayerAccess>,
+    ) -> Result<LayerSource, ImageError> {
+        let inner = Arc::clone(&self.inner);
+        let name: ImageReference = reference.parse()?;
+        let pull = Arc::new(blocking(move || Ok(inner.registry.pull(&name, credentials)?)).await?);
+        let layers = pull.resolve().await?.manifest.layers;
+        let is_it = |blob: &&Blob| blob.digest == access.blob && blob.size == access.blob_len;
+        let blob = layers.iter().find(is_it).ok_or_else(|| ImageError::NoSuchLayer {
+            image: reference.to_owned(),
+            layer: access.blob,
+        })?;
+        let blobs = RegistryRanges::all(&pull, *blob, &Handle::current());
+        Ok(LayerSource::new(access, blobs))
     }
 
     /// The chunk store below.

@@ -13,6 +13,7 @@
 use std::collections::HashMap;
 
 use super::index::{Entry, EntryKind, Extent, LayerIndex};
+use super::places::{Piece, Places};
 use super::{LayerError, Limits};
 use crate::chunk::{Chunk, ChunkId, ChunkSink, MAX_CHUNK_LEN};
 
@@ -27,17 +28,20 @@ const MIN_PACK: usize = 64 * 1024;
 /// One path in four says so.
 const CUT_MASK: u8 = 3;
 
-/// Builds a layer index, and puts chunks into a sink.
+/// Builds a layer index, and puts chunks into a sink. Beside it is kept where in the stream each chunk came from.
 pub(super) struct Chunker<'s, S> {
     sink: &'s mut S,
     limits: &'s Limits,
     index: LayerIndex,
+    places: Places,
     /// Memory that the entries take.
     index_len: usize,
     numbers: HashMap<ChunkId, u32>,
     pack: Vec<u8>,
     /// Entries whose content is in the pack, with offset and length there.
     waiting: Vec<(usize, u32, u32)>,
+    /// Where the pack's content came from.
+    pack_pieces: Vec<Piece>,
 }
 
 impl<'s, S: ChunkSink> Chunker<'s, S> {
@@ -46,10 +50,12 @@ impl<'s, S: ChunkSink> Chunker<'s, S> {
             sink,
             limits,
             index: LayerIndex::default(),
+            places: Places::default(),
             index_len: 0,
             numbers: HashMap::new(),
             pack: Vec::new(),
             waiting: Vec::new(),
+            pack_pieces: Vec::new(),
         }
     }
 
@@ -75,8 +81,8 @@ impl<'s, S: ChunkSink> Chunker<'s, S> {
         Ok(())
     }
 
-    /// Adds a file that is shorter than [`LONG_FILE`], whose content is `data`.
-    pub(super) fn push_short(&mut self, entry: Entry, data: &[u8]) -> Result<(), LayerError> {
+    /// Adds a file that is shorter than [`LONG_FILE`], whose content is `data`, which came in `pieces`.
+    pub(super) fn push_short(&mut self, entry: Entry, data: &[u8], pieces: &[Piece]) -> Result<(), LayerError> {
         if is_zero(data) {
             return self.push(entry);
         }
@@ -87,6 +93,11 @@ impl<'s, S: ChunkSink> Chunker<'s, S> {
         self.waiting
             .push((self.index.entries.len(), len32(self.pack.len()), len32(data.len())));
         self.push(entry)?;
+        let start = len32(self.pack.len());
+        self.pack_pieces.extend(pieces.iter().map(|piece| Piece {
+            offset: start + piece.offset,
+            ..*piece
+        }));
         self.pack.extend_from_slice(data);
         if self.pack.len() >= MIN_PACK && cut_after {
             self.cut()
@@ -95,12 +106,17 @@ impl<'s, S: ChunkSink> Chunker<'s, S> {
         }
     }
 
-    /// The extent of a long file's piece at `file_offset`; `None` if it is all zeros, which need no storing.
-    pub(super) fn put_piece(&mut self, file_offset: u64, data: &[u8]) -> Result<Option<Extent>, LayerError> {
+    /// The extent of a long file's piece at `file_offset`, which came in `pieces`; `None` if it is all zeros, which need no storing.
+    pub(super) fn put_piece(
+        &mut self,
+        file_offset: u64,
+        data: &[u8],
+        pieces: &[Piece],
+    ) -> Result<Option<Extent>, LayerError> {
         if is_zero(data) {
             return Ok(None);
         }
-        let chunk = self.put(data)?;
+        let chunk = self.put(data, pieces)?;
         Ok(Some(Extent {
             file_offset,
             chunk,
@@ -109,10 +125,10 @@ impl<'s, S: ChunkSink> Chunker<'s, S> {
         }))
     }
 
-    /// The index, when all files have come.
-    pub(super) fn finish(mut self) -> Result<LayerIndex, LayerError> {
+    /// The index, and where the chunks lie, when all files have come.
+    pub(super) fn finish(mut self) -> Result<(LayerIndex, Places), LayerError> {
         self.cut()?;
-        Ok(self.index)
+        Ok((self.index, self.places))
     }
 
     fn cut(&mut self) -> Result<(), LayerError> {
@@ -120,7 +136,8 @@ impl<'s, S: ChunkSink> Chunker<'s, S> {
             return Ok(());
         }
         let pack = std::mem::take(&mut self.pack);
-        let chunk = self.put(&pack)?;
+        let pieces = std::mem::take(&mut self.pack_pieces);
+        let chunk = self.put(&pack, &pieces)?;
         for (entry, offset, len) in self.waiting.drain(..) {
             if let EntryKind::File { extents, .. } = &mut self.index.entries[entry].kind {
                 extents.push(Extent {
@@ -131,12 +148,13 @@ impl<'s, S: ChunkSink> Chunker<'s, S> {
                 });
             }
         }
-        self.pack = pack;
+        (self.pack, self.pack_pieces) = (pack, pieces);
         self.pack.clear();
+        self.pack_pieces.clear();
         Ok(())
     }
 
-    fn put(&mut self, data: &[u8]) -> Result<u32, LayerError> {
+    fn put(&mut self, data: &[u8], pieces: &[Piece]) -> Result<u32, LayerError> {
         let id = self.sink.put(data).map_err(LayerError::Store)?;
         if let Some(&number) = self.numbers.get(&id) {
             return Ok(number);
@@ -146,6 +164,8 @@ impl<'s, S: ChunkSink> Chunker<'s, S> {
             limit: u32::MAX.into(),
         })?;
         self.numbers.insert(id, number);
+        self.index_len += size_of_val(pieces);
+        self.places.push(pieces);
         self.index.chunks.push(Chunk {
             id,
             len: len32(data.len()),

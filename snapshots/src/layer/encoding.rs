@@ -28,7 +28,7 @@ use crate::chunk::{Chunk, ChunkId, MAX_CHUNK_LEN};
 
 const MAGIC: &[u8; 8] = b"FLINTLYR";
 const VERSION: u32 = 1;
-const HEADER_LEN: usize = 64;
+pub(crate) const HEADER_LEN: usize = 64;
 const HASHED_HEADER_LEN: usize = 32;
 /// The fewest bytes that an entry takes: what a count is checked against before anything is allocated for it.
 const MIN_ENTRY_LEN: usize = 9;
@@ -70,14 +70,7 @@ impl LayerIndex {
             put_entry(&mut out, entry, previous);
             previous = &entry.path;
         }
-        let body_len = (out.len() - HEADER_LEN) as u64;
-        out[..8].copy_from_slice(MAGIC);
-        out[8..12].copy_from_slice(&VERSION.to_le_bytes());
-        out[12..16].copy_from_slice(&count(self.chunks.len()).to_le_bytes());
-        out[16..20].copy_from_slice(&count(self.entries.len()).to_le_bytes());
-        out[24..32].copy_from_slice(&body_len.to_le_bytes());
-        let digest = digest(&out);
-        out[HASHED_HEADER_LEN..HEADER_LEN].copy_from_slice(&digest);
+        close(&mut out, MAGIC, [count(self.chunks.len()), count(self.entries.len())]);
         out
     }
 
@@ -86,39 +79,55 @@ impl LayerIndex {
     /// # Errors
     /// [`DecodeError`] for anything that [`LayerIndex::encode`] would not have written.
     pub fn decode(bytes: &[u8]) -> Result<Self, DecodeError> {
-        let header = bytes
-            .get(..HEADER_LEN)
-            .filter(|header| header.starts_with(MAGIC))
-            .ok_or(DecodeError::NotAnIndex)?;
-        let version = u32_at(header, 8);
-        if version != VERSION {
-            return Err(DecodeError::Version(version));
-        }
-        if digest(bytes) != header[HASHED_HEADER_LEN..] {
-            return Err(DecodeError::Damaged);
-        }
-        let mut body = Reader {
-            bytes: &bytes[HEADER_LEN..],
-            at: 0,
-        };
-        let chunks = body.checked_count(u32_at(header, 12).into(), ChunkId::LEN + 1)?;
+        let ([chunks, entries], mut body) = open(bytes, MAGIC)?;
+        let chunks = body.checked_count(chunks.into(), ChunkId::LEN + 1)?;
         let chunks = (0..chunks).map(|_| body.chunk()).collect::<Result<Vec<_>, _>>()?;
-        let count = body.checked_count(u32_at(header, 16).into(), MIN_ENTRY_LEN)?;
+        let count = body.checked_count(entries.into(), MIN_ENTRY_LEN)?;
         let mut entries: Vec<Entry> = Vec::with_capacity(count);
         for _ in 0..count {
             let previous = entries.last().map_or(&[][..], |entry| &entry.path);
             let entry = body.entry(previous, &chunks)?;
             entries.push(entry);
         }
-        if body.at != body.bytes.len() {
-            return body.malformed("bytes are left over");
-        }
+        body.end()?;
         Ok(Self { chunks, entries })
     }
 }
 
+/// Completes what was put behind [`HEADER_LEN`] bytes: writes the header, with two counts of what is in the body.
+pub(crate) fn close(out: &mut [u8], magic: &[u8; 8], counts: [u32; 2]) {
+    let body_len = (out.len() - HEADER_LEN) as u64;
+    out[..8].copy_from_slice(magic);
+    out[8..12].copy_from_slice(&VERSION.to_le_bytes());
+    out[12..16].copy_from_slice(&counts[0].to_le_bytes());
+    out[16..20].copy_from_slice(&counts[1].to_le_bytes());
+    out[24..32].copy_from_slice(&body_len.to_le_bytes());
+    let digest = digest(out);
+    out[HASHED_HEADER_LEN..HEADER_LEN].copy_from_slice(&digest);
+}
+
+/// Checks the header that [`close`] wrote; the counts in it and a reader of the body.
+pub(crate) fn open<'a>(bytes: &'a [u8], magic: &[u8; 8]) -> Result<([u32; 2], Reader<'a>), DecodeError> {
+    let header = bytes
+        .get(..HEADER_LEN)
+        .filter(|header| header.starts_with(magic))
+        .ok_or(DecodeError::NotAnIndex)?;
+    let version = u32_at(header, 8);
+    if version != VERSION {
+        return Err(DecodeError::Version(version));
+    }
+    if digest(bytes) != header[HASHED_HEADER_LEN..] {
+        return Err(DecodeError::Damaged);
+    }
+    let body = Reader {
+        bytes: &bytes[HEADER_LEN..],
+        at: 0,
+    };
+    Ok(([u32_at(header, 12), u32_at(header, 16)], body))
+}
+
 /// Counts fit: the limits on a layer are far below 2^32, and memory would be gone before.
-fn count(len: usize) -> u32 {
+pub(crate) fn count(len: usize) -> u32 {
     u32::try_from(len).unwrap_or(u32::MAX)
 }
 
@@ -137,7 +146,7 @@ pub(crate) fn seal(index: &mut [u8]) {
     }
 }
 
-fn put_int(out: &mut Vec<u8>, mut value: u64) {
+pub(crate) fn put_int(out: &mut Vec<u8>, mut value: u64) {
     while value >= 0x80 {
         out.push(value.to_le_bytes()[0] | 0x80);
         value >>= 7;
@@ -218,17 +227,26 @@ pub(super) fn is_clean_path(path: &[u8]) -> bool {
             .all(|name| !matches!(name, b"" | b"." | b"..") && !name.contains(&0))
 }
 
-struct Reader<'a> {
+/// Reads a body, field by field.
+pub(crate) struct Reader<'a> {
     bytes: &'a [u8],
     at: usize,
 }
 
 impl<'a> Reader<'a> {
-    fn malformed<T>(&self, what: &'static str) -> Result<T, DecodeError> {
+    /// Whether all was read.
+    pub(crate) fn end(&self) -> Result<(), DecodeError> {
+        match self.at == self.bytes.len() {
+            true => Ok(()),
+            false => self.malformed("bytes are left over"),
+        }
+    }
+
+    pub(crate) fn malformed<T>(&self, what: &'static str) -> Result<T, DecodeError> {
         Err(DecodeError::Malformed { at: self.at, what })
     }
 
-    fn take(&mut self, len: usize) -> Result<&'a [u8], DecodeError> {
+    pub(crate) fn take(&mut self, len: usize) -> Result<&'a [u8], DecodeError> {
         let Some(taken) = self.bytes[self.at..].get(..len) else {
             return self.malformed("it ends too early");
         };
@@ -236,7 +254,7 @@ impl<'a> Reader<'a> {
         Ok(taken)
     }
 
-    fn int(&mut self) -> Result<u64, DecodeError> {
+    pub(crate) fn int(&mut self) -> Result<u64, DecodeError> {
         let mut value = 0u64;
         for shift in (0..64).step_by(7) {
             let byte = self.take(1)?[0];
@@ -252,25 +270,25 @@ impl<'a> Reader<'a> {
         self.malformed("a number is longer than 64 bits")
     }
 
-    fn int_as<T: TryFrom<u64>>(&mut self) -> Result<T, DecodeError> {
+    pub(crate) fn int_as<T: TryFrom<u64>>(&mut self) -> Result<T, DecodeError> {
         let value = self.int()?;
         T::try_from(value).or_else(|_| self.malformed("a number is too great"))
     }
 
     /// `count`, if that many things of at least `min_len` bytes can still come.
-    fn checked_count(&self, count: u64, min_len: usize) -> Result<usize, DecodeError> {
+    pub(crate) fn checked_count(&self, count: u64, min_len: usize) -> Result<usize, DecodeError> {
         match usize::try_from(count) {
             Ok(count) if count <= (self.bytes.len() - self.at) / min_len => Ok(count),
             _ => self.malformed("a count is greater than what follows can hold"),
         }
     }
 
-    fn byte_string(&mut self) -> Result<&'a [u8], DecodeError> {
+    pub(crate) fn byte_string(&mut self) -> Result<&'a [u8], DecodeError> {
         let len = self.int_as()?;
         self.take(len)
     }
 
-    fn chunk(&mut self) -> Result<Chunk, DecodeError> {
+    pub(crate) fn chunk(&mut self) -> Result<Chunk, DecodeError> {
         let mut id = [0; ChunkId::LEN];
         id.copy_from_slice(self.take(ChunkId::LEN)?);
         let len: u32 = self.int_as()?;

@@ -4,6 +4,7 @@ use std::io::Read;
 
 use super::chunker::{CUT, Chunker, LONG_FILE};
 use super::index::{Attributes, Entry, EntryKind, LayerIndex, Xattr};
+use super::places::{Piece, Places};
 use super::tar::{Member, MemberKind, Segment, TarReader};
 use super::{LayerError, Limits, shown};
 use crate::chunk::ChunkSink;
@@ -23,6 +24,18 @@ const AUFS: &[u8] = b".wh..wh.";
 /// # Errors
 /// [`LayerError`] says what is wrong with the tar, and where; chunks may have been put by then.
 pub fn ingest(tar: impl Read, sink: &mut impl ChunkSink, limits: &Limits) -> Result<LayerIndex, LayerError> {
+    ingest_placed(tar, sink, limits).map(|(index, _)| index)
+}
+
+/// As [`ingest`], and tells where in the stream each chunk lies.
+///
+/// # Errors
+/// As [`ingest`].
+pub fn ingest_placed(
+    tar: impl Read,
+    sink: &mut impl ChunkSink,
+    limits: &Limits,
+) -> Result<(LayerIndex, Places), LayerError> {
     let mut reader = TarReader::new(tar, limits);
     let mut chunker = Chunker::new(sink, limits);
     let mut buffer = Vec::new();
@@ -101,18 +114,21 @@ fn add_file<R: Read, S: ChunkSink>(
     chunker: &mut Chunker<'_, S>,
     buffer: &mut Vec<u8>,
 ) -> Result<(), LayerError> {
-    let mut extents = Vec::new();
+    let (mut extents, mut pieces) = (Vec::new(), Vec::new());
     let mut rest = segments.iter().copied().peekable();
     let mut segment = rest.next();
     while let Some(first) = segment {
         let window = first.offset - first.offset % CUT as u64;
         let window_end = size.min(window.saturating_add(CUT as u64));
         buffer.clear();
+        pieces.clear();
         let in_window = |offset: u64| usize::try_from(offset - window).map_or(CUT, |place| place.min(CUT));
         buffer.resize(in_window(window_end), 0);
         while let Some(piece) = segment.filter(|piece| piece.offset < window_end) {
             let end = window_end.min(piece.offset + piece.len);
-            reader.read_data(&mut buffer[in_window(piece.offset)..in_window(end)])?;
+            let range = in_window(piece.offset)..in_window(end);
+            pieces.extend(piece_at(reader.position(), &range));
+            reader.read_data(&mut buffer[range])?;
             let left = piece.offset + piece.len - end;
             segment = if left > 0 {
                 Some(Segment { offset: end, len: left })
@@ -122,12 +138,22 @@ fn add_file<R: Read, S: ChunkSink>(
         }
         if size < LONG_FILE as u64 {
             entry.kind = EntryKind::File { size, extents };
-            return chunker.push_short(entry, buffer);
+            return chunker.push_short(entry, buffer, &pieces);
         }
-        extents.extend(chunker.put_piece(window, buffer)?);
+        extents.extend(chunker.put_piece(window, buffer, &pieces)?);
     }
     entry.kind = EntryKind::File { size, extents };
     chunker.push(entry)
+}
+
+/// What comes at `stream` and goes to `range` of a chunk; `None` if that is nothing.
+fn piece_at(stream: u64, range: &std::ops::Range<usize>) -> Option<Piece> {
+    let piece = Piece {
+        stream,
+        offset: u32::try_from(range.start).ok()?,
+        len: u32::try_from(range.len()).ok()?,
+    };
+    (piece.len > 0).then_some(piece)
 }
 
 /// A path in the form of [`Entry::path`]; `None` for an empty one, which names nothing.

@@ -4,6 +4,7 @@ mod chunker;
 mod encoding;
 mod index;
 mod ingest;
+mod places;
 mod tar;
 #[cfg(test)]
 mod tests;
@@ -13,8 +14,10 @@ use std::io;
 pub use encoding::DecodeError;
 #[cfg(any(test, feature = "fuzzing"))]
 pub(crate) use encoding::seal;
+pub(crate) use encoding::{HEADER_LEN, Reader, close, count, open, put_int};
 pub use index::{Attributes, DeviceNumber, Entry, EntryKind, Extent, LayerIndex, Timestamp, Xattr};
-pub use ingest::ingest;
+pub use ingest::{ingest, ingest_placed};
+pub use places::{Piece, Places};
 
 use crate::chunk::SinkError;
 

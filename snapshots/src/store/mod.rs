@@ -8,6 +8,7 @@
 //!    index.redb             chunk -> (pack, offset, lengths); pack -> length that is on the disk for sure;
 //!                           and what the image store adds: layers, images, references
 //!    tables/<digest>        what the VMM reads of each image (see the image store)
+//!    accesses/<diff id>     how each layer can be read in part from where it came (see the image store)
 //!
 //!   put ──> compress ──> append to the newest pack ──> fresh, in memory
 //!                                                        │ commit: 1. fdatasync the packs

@@ -96,6 +96,11 @@ impl<'l, R: Read> TarReader<'l, R> {
         }
     }
 
+    /// Where in the stream the next byte is read.
+    pub(super) fn position(&self) -> u64 {
+        self.at
+    }
+
     /// Reads all of `buffer` from the current member's data.
     pub(super) fn read_data(&mut self, buffer: &mut [u8]) -> Result<(), LayerError> {
         let len = buffer.len() as u64;
