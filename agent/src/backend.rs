@@ -107,6 +107,8 @@ pub struct Stopped {
 pub struct Origin {
     /// Its files, open for reading; none changes as long as a sandbox uses it.
     pub files: Arc<SavedFiles>,
+    /// The machine in the chunk store that has its memory; absent: the file has it.
+    pub memory_in_store: Option<String>,
     /// What it was.
     pub machine: SavedMachine,
     /// What its guest is to run when it has its identity, and before anything that it sends leaves it.

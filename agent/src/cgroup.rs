@@ -19,6 +19,7 @@ use nix::{
     poll::{PollFd, PollFlags, PollTimeout, poll},
 };
 use thiserror::Error;
+use tokio::io::{Interest, unix::AsyncFd};
 
 /// Host memory that a VMM may use beyond its guest's: its own code, stacks and buffers.
 const VMM_OVERHEAD_BYTES: u64 = 64 << 20;
@@ -218,6 +219,30 @@ impl Cgroup {
         self.kill()?;
         self.wait_empty()?;
         remove_folder(&self.path)
+    }
+
+    /// Ids of the processes in here. None, or no cgroup, is fine.
+    pub fn processes(&self) -> Vec<i32> {
+        let processes = fs::read_to_string(self.path.join("cgroup.procs")).unwrap_or_default();
+        processes.lines().filter_map(|line| line.parse().ok()).collect()
+    }
+
+    /// Waits until no process is in here, however long that takes. No cgroup is fine.
+    pub async fn emptied(&self) -> Result<(), CgroupError> {
+        let path = self.path.join("cgroup.events");
+        let file = match fs::File::open(&path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+            other => other.map_err(failed("open", &path))?,
+        };
+        // SAFETY: an owned file's descriptor stays the same one for as long as it is registered.
+        let events = unsafe { AsyncFd::register_with_interest(file, Interest::PRIORITY) };
+        let events = events.map_err(|error| failed("watch", &path)(error.into()))?;
+        // As in `wait_empty`.
+        while is_populated(events.get_ref()).map_err(failed("read", &path))? {
+            let mut changed = events.ready(Interest::PRIORITY).await.map_err(failed("watch", &path))?;
+            changed.clear_ready();
+        }
+        Ok(())
     }
 
     fn wait_empty(&self) -> Result<(), CgroupError> {

@@ -288,7 +288,7 @@ pub async fn run(options: Options) -> Result<JoinHandle<()>, DaemonError> {
     let control = Arc::new(HostControl::new(journal.clone(), loaded.host.clone()));
     let allocatable = info.allocatable.unwrap_or_default();
     let (drain_pool, templates) = (manager.pool().drainer(), manager.templates());
-    let machines = images.machines();
+    let (machines, can_page) = (images.machines(), manager.can_page());
     let context = Arc::new(Context {
         sandboxes: Arc::new(MicroVms::new(manager, images.clone())),
         images: Arc::new(StoreImages::new(images)),
@@ -308,6 +308,7 @@ pub async fn run(options: Options) -> Result<JoinHandle<()>, DaemonError> {
     let templates = TemplateMover::new(Some(templates), machines.clone());
     let mover = Mover::new(context.saved.clone(), context.images.clone(), machines).await;
     let mover = mover.map_err(|error| DaemonError::Chunks(Box::new(error)))?;
+    let mover = mover.with_memory_in_store(can_page);
     let pods = Pods::start(context, loaded).await;
     let routes = Api {
         pods: pods.clone(),

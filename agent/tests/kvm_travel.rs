@@ -48,6 +48,11 @@ fn start() -> Start<'static> {
     }
 }
 
+/// One whose snapshots have their memory in files.
+fn without_pages() -> String {
+    [&daemon::without_pages(), WITH_REGISTRY].join("\n")
+}
+
 /// Ends the registry that a flintd was started with.
 fn stop_registry(daemon: &Daemon) {
     let pid = fs::read_to_string(daemon.path("registry.pid")).unwrap();
@@ -55,10 +60,13 @@ fn stop_registry(daemon: &Daemon) {
 }
 
 /// Kills flintd, and starts another one, with a registry that has what the one before had.
-fn start_again(daemon: &mut Daemon) {
+fn start_again(daemon: &mut Daemon, setup: &str) {
     daemon.kill();
     stop_registry(daemon);
-    daemon.start_again(&start());
+    daemon.start_again(&Start {
+        setup,
+        ..Start::default()
+    });
 }
 
 /// What flintd would have kept of a pod that it saved.
@@ -175,10 +183,15 @@ async fn flintd_is_killed_while_it_pushes_and_while_it_pulls_a_snapshot() {
     let folder = folder();
     make_snapshot(folder.path());
     let memory = fs::read(folder.path().join("state/snapshots/warm/memory")).unwrap();
-    let mut daemon = Daemon::start(folder, &start());
+    let without_pages = without_pages();
+    let first = Start {
+        setup: &without_pages,
+        ..Start::default()
+    };
+    let mut daemon = Daemon::start(folder, &first);
 
     begun(&mut push(&daemon).await).await;
-    start_again(&mut daemon);
+    start_again(&mut daemon, &without_pages);
     assert_eq!((names(&daemon), packed(&daemon)), (vec!["warm".to_owned()], 0));
     let missing = daemon.sh(&format!("flint snapshot pull {REFERENCE} other"));
     assert_eq!(missing.code, 1, "nothing half-made is seen: {missing:?}");
@@ -188,12 +201,35 @@ async fn flintd_is_killed_while_it_pushes_and_while_it_pulls_a_snapshot() {
 
     assert_eq!(daemon.sh("flint snapshot rm warm").code, 0);
     begun(&mut pull(&daemon).await).await;
-    start_again(&mut daemon);
+    start_again(&mut daemon, &without_pages);
     assert!(names(&daemon).is_empty(), "nothing half-made is left");
     end(pull(&daemon).await).await;
     assert!(fs::read(daemon.path("state/snapshots/warm/memory")).unwrap() == memory);
     assert_eq!(daemon.sh("flint snapshot rm warm").code, 0);
     assert_eq!((names(&daemon), packed(&daemon)), (vec![], 0));
+    stop_registry(&daemon);
+}
+
+#[tokio::test]
+async fn memory_that_was_pulled_stays_in_the_store_and_can_be_pushed_from_there() {
+    let folder = folder();
+    make_snapshot(folder.path());
+    let mut daemon = Daemon::start(folder, &start());
+    end(push(&daemon).await).await;
+    assert_eq!(daemon.sh("flint snapshot rm warm").code, 0);
+    end(pull(&daemon).await).await;
+    let memory = || fs::metadata(daemon.path("state/snapshots/warm/memory")).unwrap().len();
+    assert_eq!(memory(), 0, "it is no file");
+    let kept = packed(&daemon);
+    assert!(kept >= MEMORY as u64);
+    start_again(&mut daemon, WITH_REGISTRY);
+    assert_eq!((names(&daemon), packed(&daemon)), (vec!["warm".to_owned()], kept));
+    let (_, sent) = end(push(&daemon).await).await;
+    assert_eq!(sent, 0, "the registry has it all");
+    assert_eq!(daemon.sh("flint snapshot rm warm").code, 0);
+    assert_eq!((names(&daemon), packed(&daemon)), (vec![], 0));
+    end(pull(&daemon).await).await;
+    assert_eq!(packed(&daemon), kept);
     stop_registry(&daemon);
 }
 

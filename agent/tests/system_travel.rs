@@ -35,6 +35,8 @@ fn a_pod_goes_on_on_another_host_where_it_stood_and_a_killed_pull_is_tried_again
     let left = fs::read_dir(there.path("state/snapshots")).unwrap().count();
     assert_eq!(left, 0, "nothing half-made is left");
     assert_eq!(there.ok(["snapshot", "pull", by_digest]), "warm\n");
+    let memory = fs::metadata(there.path("state/snapshots/warm/memory")).unwrap();
+    assert_eq!(memory.len(), 0, "its memory is chunks in the store");
     let known = there.ok(["images"]);
     assert!(known.contains("busybox"), "the image came along: {known}");
 
@@ -43,6 +45,7 @@ fn a_pod_goes_on_on_another_host_where_it_stood_and_a_killed_pull_is_tried_again
     assert!(first > 5, "it goes on after {first}");
     assert_eq!(there.ok(["exec", "moved", "--", "cat", "/note"]), "on the disk\n");
     println!("{}", there.ok(["timeline", "moved"]));
+    there.ok(["snapshot", "push", "warm", &image("moved/back:1")]);
 
     here.ok(["run", "--from-snapshot", "warm", "--name", "again", "--detach"]);
     assert_eq!(here.next_numbers("again", 4), first, "both from one moment");

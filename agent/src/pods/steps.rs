@@ -130,6 +130,7 @@ pub(super) async fn restore(
     let images = plan.images.len();
     let (logs, of) = (context.logs.clone(), uid.to_owned());
     let hook = after_restore(&record);
+    let memory_in_store = Some(record.name().to_owned()).filter(|_| record.memory_in_store);
     let seeded = tokio::task::spawn_blocking(move || {
         let mut outputs = record.outputs.iter();
         outputs.try_for_each(|output| logs.begin_at(&of, &output.container, output.run, output.offset))
@@ -138,6 +139,7 @@ pub(super) async fn restore(
     seeded.map_err(|error| failed(format!("beginning its logs: {error}")))?;
     let origin = Origin {
         files: Arc::new(files),
+        memory_in_store,
         machine: SavedMachine {
             machine: record.machine.unwrap_or_default(),
             mac: record.mac,

@@ -3,7 +3,10 @@
 use std::{collections::HashSet, os::fd::OwnedFd, sync::Arc};
 
 use flint_api::guest::guest_client::GuestClient;
-use flint_snapshots::images::{DeviceFiles, ImageStore, InUse};
+use flint_snapshots::{
+    images::{DeviceFiles, ImageStore, InUse},
+    machines::{ChunkedFile, MachineError},
+};
 use tonic::{async_trait, transport::Channel};
 use tracing::warn;
 
@@ -14,9 +17,10 @@ use crate::{
     },
     chain,
     probe::KvmKind,
-    sandbox::{self, DiskSource, DiskSpec, Exited, Manager, NetSpec, SandboxSpec, TakenOver, is_disk_full},
+    sandbox::{self, DiskSource, DiskSpec, Exited, MAX_PACKS, Manager, NetSpec, SandboxSpec, TakenOver, is_disk_full},
     saved::SavedFiles,
     timeline::Timeline,
+    travel::MEMORY,
 };
 
 /// Sandboxes that are microVMs, with disks from the image store.
@@ -87,6 +91,34 @@ impl MicroVms {
         Ok((spec, guards))
     }
 
+    /// The memory of a saved sandbox where it is chunks; where this host cannot bring them while the guest runs, they become the
+    /// origin's file, as long as the sandbox uses it.
+    async fn memory_of(&self, mut origin: Origin) -> Result<(Origin, Option<ChunkedFile>), RestoreError> {
+        let Some(name) = &origin.memory_in_store else {
+            return Ok((origin, None));
+        };
+        let machines = self.images.machines();
+        let gone = |error: MachineError| {
+            let error = chain(&error);
+            RestoreError::Refused(format!("its memory cannot be read, pull the snapshot again: {error}"))
+        };
+        let memory = machines.open(name, MEMORY).await.map_err(gone)?;
+        if self.manager.can_page() && memory.packs.len() <= MAX_PACKS {
+            return Ok((origin, Some(memory)));
+        }
+        let failed = |error: &dyn std::error::Error| RestoreError::Failed(format!("laying its memory out: {error}"));
+        let file = self.manager.unnamed_file().map_err(|error| failed(&error))?;
+        let [into, state, scratch] = [&file, &origin.files.state, &origin.files.scratch]
+            .map(|file| file.try_clone().map_err(|error| failed(&error)));
+        machines.lay_out(name, MEMORY, into?).await.map_err(gone)?;
+        origin.files = Arc::new(SavedFiles {
+            state: state?,
+            memory: file,
+            scratch: scratch?,
+        });
+        Ok((origin, None))
+    }
+
     /// Keeps the images of a sandbox that was found running. One that is gone from the store, which takes a hand from
     /// outside, costs the sandbox nothing: its VMM has the files open.
     async fn hold(&self, sandbox: &sandbox::Sandbox) -> Vec<InUse> {
@@ -150,7 +182,8 @@ impl Sandboxes for MicroVms {
             .spec(plan)
             .await
             .map_err(|error| RestoreError::Failed(error.to_string()))?;
-        let restored = self.manager.restore(spec, &origin, &timeline).await;
+        let (origin, memory) = self.memory_of(origin).await?;
+        let restored = self.manager.restore(spec, &origin, memory, &timeline).await;
         let sandbox = restored.map_err(|error| match &error {
             sandbox::SandboxError::Snapshot(_) => RestoreError::Refused(chain(&error)),
             sandbox::SandboxError::Hook(_) => RestoreError::Hook(chain(&error)),

@@ -4,7 +4,10 @@ use std::{
     collections::HashSet,
     fs,
     ops::Range,
-    os::{fd::AsFd, unix::fs::DirBuilderExt},
+    os::{
+        fd::AsFd,
+        unix::fs::{DirBuilderExt, OpenOptionsExt},
+    },
     path::PathBuf,
     sync::Arc,
     time::Duration,
@@ -16,6 +19,7 @@ use super::{
     DiskSource, DiskSpec, Sandbox, SandboxError, SandboxSpec, TakenOver, blocking, file_error,
     intent::Folder,
     means::{Means, Wish, image_names},
+    pages::{self, PageServers},
     pool::{self, Pool, Templates},
     shell::{NetParts, Parts, Ready, Shell, identity_of, mark_ready},
     supervisor::{End, explain, supervise},
@@ -132,12 +136,15 @@ impl Manager {
             uids: &uids,
         };
         let unclaimed = Unclaimed::take_over(left, leases, home).await;
+        let page_servers = PageServers::new(&config.vmm);
+        pages::look_after(&cgroups, &with_cgroup, &uids);
         let means = Arc::new(Means {
             supplies: Supplies::new(config.vmm.clone(), config.kernel.clone(), config.initrd.clone()),
             sandboxes,
             cgroups,
             network,
             scratch,
+            pages: page_servers,
             uids,
             config,
         });
@@ -172,6 +179,23 @@ impl Manager {
     /// What they are clones of, to be given to other hosts and taken from them.
     pub fn templates(&self) -> Templates {
         self.pool.templates(&self.means)
+    }
+
+    /// Whether memory that is chunks could be brought to a guest that runs.
+    pub fn can_page(&self) -> bool {
+        self.means.pages.can_serve()
+    }
+
+    /// A file without a name on the disk of scratch disks.
+    pub(crate) fn unnamed_file(&self) -> Result<fs::File, SandboxError> {
+        let folder = &self.means.config.state_dir;
+        let file = fs::File::options()
+            .read(true)
+            .write(true)
+            .mode(0o600)
+            .custom_flags(libc::O_TMPFILE)
+            .open(folder);
+        file.map_err(file_error("make an unnamed file in", folder))
     }
 
     /// Makes what scratch disks of this size are copied from, so that no start waits for it.
@@ -299,6 +323,7 @@ impl Manager {
             if let Some(network) = Arc::into_inner(means.network) {
                 network.remove().await?;
             }
+            pages::end_all(&means.cgroups).await?;
             means.cgroups.remove()?;
         }
         Ok(())

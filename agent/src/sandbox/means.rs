@@ -8,6 +8,7 @@ use super::{
     Config, DiskSource, DiskSpec, SandboxError, SandboxSpec, blocking,
     intent::{Folder, Intent},
     manager::spec_error,
+    pages::PageServers,
     shell::{DiskFds, ShellPlan},
     supervisor::Held,
     supplies::Supplies,
@@ -29,6 +30,7 @@ pub(super) struct Means {
     pub network: Arc<Network>,
     pub scratch: Arc<Scratch>,
     pub uids: Uids,
+    pub pages: PageServers,
 }
 
 /// What one sandbox wants to hold.
@@ -74,6 +76,7 @@ impl Means {
             lease,
             network: Arc::clone(&self.network),
             uid: Some(uid),
+            pages: None,
         };
         let plan = ShellPlan {
             vmm: self.supplies.vmm().into(),

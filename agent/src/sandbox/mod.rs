@@ -17,6 +17,7 @@
 //! - [`supervisor`]: one task for each sandbox; says why it ended.
 //! - [`save`]: a sandbox that stands still, written into files.
 //! - [`restore`]: a sandbox that is made of such files.
+//! - [`pages`]: who brings a sandbox's memory while it runs, from chunks.
 //! - [`intent`]: what a sandbox holds on this host, on disk before it is taken.
 //! - [`guest`]: gRPC to flint-init over the VMM's vsock socket.
 
@@ -26,6 +27,7 @@ mod intent;
 mod manager;
 mod means;
 mod packet;
+mod pages;
 pub mod pool;
 mod restore;
 mod save;
@@ -54,7 +56,7 @@ use tokio::sync::watch;
 use tonic::transport::Channel;
 
 pub use self::manager::{Config, Manager};
-pub(crate) use self::save::is_disk_full;
+pub(crate) use self::{pages::MAX_PACKS, save::is_disk_full};
 use crate::{
     cgroup::CgroupError, hook::HookError, network::NetworkError, probe::KvmError, process::SpawnError,
     scratch::ScratchError,

@@ -14,6 +14,7 @@ use flint_api::{
     guest::guest_client::GuestClient,
     vmm::{self, CreateMachine, error::Code, request::Command},
 };
+use flint_snapshots::machines::ChunkedFile;
 
 use super::{
     DiskSource, DiskSpec, Sandbox, SandboxError, SandboxSpec, blocking,
@@ -21,6 +22,7 @@ use super::{
     intent::Folder,
     manager::{Manager, checked},
     means::{Means, Wish, image_names},
+    pages::Pages,
     shell::{DiskFds, GUEST_CID, Ready, Running, Shell, ShellPlan, awoken, bind_disk, identity_of, mark_ready},
     supervisor::{Attach, End, explain, supervise},
 };
@@ -36,6 +38,8 @@ struct Begun<'a> {
     means: &'a Means,
     spec: &'a SandboxSpec,
     origin: &'a Origin,
+    /// Who brings its memory; absent: the file has it.
+    pages: Option<&'a Pages>,
     gate: Option<&'a Gate>,
     end: &'a End,
     folder: &'a Folder,
@@ -44,11 +48,12 @@ struct Begun<'a> {
 
 impl Manager {
     /// Starts a sandbox that goes on where a saved one stood, and that has an identity of its own. Sizes and disks have to be the
-    /// saved one's. An error, or dropping the future, leaves nothing behind; after an error that has happened already.
+    /// saved one's; its memory is `memory`, or in the origin's file. An error, or dropping the future, leaves nothing behind; after an error that has happened already.
     pub async fn restore(
         &self,
         mut spec: SandboxSpec,
         origin: &Origin,
+        memory: Option<ChunkedFile>,
         timeline: &Timeline,
     ) -> Result<Sandbox, SandboxError> {
         let SavedMachine {
@@ -66,12 +71,17 @@ impl Manager {
         spec.memory_bytes = machine.memory_bytes;
         let spec = checked(spec).map_err(|error| SandboxError::Snapshot(error.to_string()))?;
         self.means.supplies.take().await?;
-        let (held, plan) = self.means.hold(Wish {
+        let pages = match memory {
+            Some(memory) => Some(self.means.serve_pages(memory).await?),
+            None => None,
+        };
+        let (mut held, plan) = self.means.hold(Wish {
             id: &spec.id,
             net: !machine.nets.is_empty(),
             limits,
             images: image_names(&spec),
         })?;
+        held.pages = pages.as_ref().map(|pages| Arc::clone(&pages.server));
         let folder = held.folder.clone();
         let gate = held.lease.as_ref().map(|lease| Arc::clone(lease.gate()));
         let gate = gate.as_deref();
@@ -81,6 +91,7 @@ impl Manager {
             means: &self.means,
             spec: &spec,
             origin,
+            pages: pages.as_ref(),
             gate,
             end: &end,
             folder: &folder,
@@ -180,12 +191,16 @@ impl Begun<'_> {
         let machine = machine(&self.origin.machine.machine, address);
         let reserve = Command::ReserveMachine(vmm::ReserveMachine {
             machine: Some(machine),
-            ..Default::default()
+            paged: self.pages.is_some(),
         });
         shell.control.command(reserve, &[]).await.map_err(refused)?;
         let files = &self.origin.files;
-        let load = Command::LoadSnapshot(vmm::LoadSnapshot::default());
-        let fds = [files.state.as_fd(), files.memory.as_fd()];
+        let memory = self.pages.map_or(&files.memory, |pages| &pages.memory);
+        let mut fds = vec![files.state.as_fd(), memory.as_fd()];
+        fds.extend(self.pages.map(|pages| pages.connection.as_fd()));
+        let load = Command::LoadSnapshot(vmm::LoadSnapshot {
+            paged: self.pages.is_some(),
+        });
         shell.control.command(load, &fds).await.map_err(refused)?;
         shell.bind_host().await
     }

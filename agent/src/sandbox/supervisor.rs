@@ -23,6 +23,7 @@ use super::{
     Exited, SandboxError,
     control::{ControlError, VmmEvent},
     intent::Folder,
+    pages::PageServer,
     uids::Uid,
 };
 use crate::{
@@ -50,6 +51,8 @@ pub(super) struct Held {
     /// Absent where the intent cannot be read.
     #[expect(dead_code, reason = "held until the sandbox is gone, for no other use")]
     pub uid: Option<Uid>,
+    /// Who brings its memory, held so that others may come to it, too. Absent: nobody, or whom an earlier flintd started.
+    pub pages: Option<Arc<PageServer>>,
 }
 
 impl Held {
@@ -223,7 +226,7 @@ fn broke_off() -> Exited {
 }
 
 /// Ends what is left, finds out why it ended, and removes what the sandbox held.
-async fn conclude(held: Held, mut course: Course, log: &OnceLock<String>) -> Exited {
+async fn conclude(mut held: Held, mut course: Course, log: &OnceLock<String>) -> Exited {
     let cgroup = held.cgroup.clone();
     let attached = course.process.is_some();
     let destroyed = tokio::task::spawn_blocking(move || {
@@ -253,7 +256,13 @@ async fn conclude(held: Held, mut course: Course, log: &OnceLock<String>) -> Exi
     }
     let _ = log.set(tails);
     match destroyed {
-        Ok(Ok(())) => held.release(),
+        Ok(Ok(())) => {
+            let pages = held.pages.take();
+            held.release();
+            if let Some(server) = pages.and_then(Arc::into_inner) {
+                server.end().await;
+            }
+        }
         failure => {
             // Never hand out again what a process that may live still uses. The folder stays: the next flintd tries again.
             tracing::error!(folder = %held.folder.path("").display(), ?failure, "a sandbox's processes cannot be ended");

@@ -19,6 +19,7 @@ use super::{
     guest::connect_lazily,
     intent::{self, Folder, Intent},
     manager::spec_error,
+    pages,
     supervisor::{Attached, End, Held, from_status, supervise},
     uids::Uids,
 };
@@ -64,6 +65,7 @@ impl Unclaimed {
                 network: Arc::clone(home.network),
                 uid: left.intent.as_ref().ok().map(|intent| home.uids.reserve(intent.uid)),
                 folder: left.folder,
+                pages: None,
             };
             let intent = left.intent.and_then(|intent| match intent.address {
                 Some(address) if !has_network => Err(NetworkError::Taken(address).into()),
@@ -117,7 +119,8 @@ impl Unclaimed {
 /// Ends what runs in cgroups that no folder accounts for.
 pub(super) async fn end_strays(cgroups: &Cgroups, with_cgroup: &[String], left: &[Left]) {
     let known: HashSet<_> = left.iter().map(Left::cgroup).collect();
-    for id in with_cgroup.iter().filter(|id| !known.contains(id.as_str())) {
+    let strays = with_cgroup.iter().filter(|id| !known.contains(id.as_str()));
+    for id in strays.filter(|id| !pages::is_cgroup(id)) {
         let cgroup = cgroups.of(id);
         if let Err(error) = blocking(move || cgroup.destroy()).await.and_then(|ended| Ok(ended?)) {
             tracing::error!(

@@ -3,7 +3,7 @@
 //! ```text
 //!   <state>/snapshots/.new-<name>/   being made; whatever is found of it at a start is removed
 //!                     <name>/state   the machine (vmm.proto, SaveSnapshot)
-//!                            memory  its memory, with holes
+//!                            memory  its memory, with holes; empty where that is chunks in the image store
 //!                            scratch the pod's writable disk, with holes
 //!                            record  what was saved, written last
 //! ```
@@ -58,6 +58,9 @@ pub struct SavedRecord {
     /// How far the containers' logs were.
     #[prost(message, repeated, tag = "7")]
     pub outputs: Vec<SavedOutput>,
+    /// The memory is in the chunk store, in the machine of the snapshot's name, and not in the file.
+    #[prost(bool, tag = "8")]
+    pub memory_in_store: bool,
 }
 
 /// How far the log of a container's run was when the pod was saved: its guest has all that follows, and not all that went before.
@@ -75,7 +78,8 @@ pub struct SavedOutput {
 }
 
 impl SavedRecord {
-    fn name(&self) -> &str {
+    /// The snapshot's name.
+    pub fn name(&self) -> &str {
         self.snapshot.as_ref().map_or("", |snapshot| &snapshot.name)
     }
 }

@@ -8,8 +8,8 @@
 //!
 //! The template of the host's pool goes the same ways ([`TemplateMover`]).
 //!
-//! A snapshot that was pulled keeps its chunks beside its files, so that another version of it is fetched as what differs. They go
-//! with it.
+//! A snapshot that was pulled keeps its chunks, so that another version of it is fetched as what differs. They go with it. Where this host can
+//! bring memory while a guest runs, they are all that there is of its memory; elsewhere it has a file, too.
 
 mod record;
 mod template;
@@ -18,7 +18,7 @@ use std::{fs::File, io, sync::Arc};
 
 use flint_api::host;
 use flint_snapshots::{
-    machines::{MachineError, Machines, Transfer, Watcher},
+    machines::{Fetched, MachineError, Machines, Transfer, Watcher},
     registry::Credentials,
 };
 use thiserror::Error;
@@ -35,7 +35,9 @@ use crate::{
 };
 
 /// Names of a snapshot's files on their way.
-const FILES: [&str; 3] = ["state", "memory", "scratch"];
+const FILES: [&str; 3] = ["state", MEMORY, "scratch"];
+/// That which need not be one here.
+pub(crate) const MEMORY: &str = "memory";
 
 /// Where progress goes. A receiver that is slow or gone holds nothing up.
 pub type Progress = mpsc::Sender<host::SnapshotProgress>;
@@ -141,6 +143,8 @@ pub struct Mover {
     saved: SavedPods,
     images: Arc<dyn Images>,
     machines: Machines,
+    /// Whether memory that was pulled stays in the store.
+    memory_in_store: bool,
 }
 
 impl Mover {
@@ -160,7 +164,17 @@ impl Mover {
             saved,
             images,
             machines,
+            memory_in_store: false,
         })
+    }
+
+    /// Whether what is pulled from here on leaves its memory in the chunk store.
+    #[must_use]
+    pub fn with_memory_in_store(self, memory_in_store: bool) -> Self {
+        Self {
+            memory_in_store,
+            ..self
+        }
     }
 
     /// Pushes a snapshot. It may be removed meanwhile. Must be called within a tokio runtime.
@@ -176,22 +190,21 @@ impl Mover {
     ) -> Result<Pushed, TravelError> {
         let (record, files) = self.saved.read(name)?;
         tell(progress, "read");
+        let in_store = record.memory_in_store;
         let record = TravelRecord::new(record.clone(), self.images_of(&record).await?);
         let (snapshot, environment) = (record.snapshot(), record.environment());
-        let files = FILES
-            .map(str::to_owned)
-            .into_iter()
-            .zip([files.state, files.memory, files.scratch]);
-        let digest = self
-            .machines
-            .push_files(
-                files.collect(),
-                record.into_notes(),
-                reference,
-                credentials.map(login),
-                &watcher("send", progress),
-            )
-            .await?;
+        let (login, watcher) = (credentials.map(login), watcher("send", progress));
+        let digest = if in_store {
+            // As it came: all of it is in the store.
+            self.machines.push(name, reference, login, &watcher).await?
+        } else {
+            let files = [files.state, files.memory, files.scratch];
+            let files = FILES.map(str::to_owned).into_iter().zip(files).collect();
+            let notes = record.into_notes();
+            self.machines
+                .push_files(files, notes, reference, login, &watcher)
+                .await?
+        };
         Ok(Pushed {
             snapshot,
             reference: format!("{}@{digest}", without_tag(reference)),
@@ -250,12 +263,40 @@ impl Mover {
         let fetched = found.fetch(&watcher("fetch", progress)).await?;
         tell(progress, "write");
         let files = draft.files()?;
-        let fetched = fetched.lay_out(handles(&draft, &files)?).await?;
-        let snapshot = finish(draft, files, record.into_saved()).await?;
+        let saved = SavedRecord {
+            memory_in_store: self.memory_in_store,
+            ..record.into_saved()
+        };
+        let mut handles = handles(&draft, &files)?;
+        handles.retain(|(name, _)| name != MEMORY || !saved.memory_in_store);
+        let fetched = fetched.lay_out(handles).await?;
+        if saved.memory_in_store {
+            return self.finish_in_store(fetched, draft, files, saved).await;
+        }
+        let snapshot = finish(draft, files, saved).await?;
         if let Err(error) = fetched.keep(&snapshot.name).await {
             warn!(snapshot = snapshot.name, %error, "a snapshot is here without its chunks: another version of it is fetched as a whole");
         }
         Ok(snapshot)
+    }
+
+    /// Chunks first: a snapshot that has a name has its memory. Those of one that gets none go at the next start, if not now.
+    async fn finish_in_store(
+        &self,
+        fetched: Fetched,
+        draft: Draft,
+        files: SavedFiles,
+        saved: SavedRecord,
+    ) -> Result<host::Snapshot, TravelError> {
+        let name = draft.name().to_owned();
+        fetched.keep(&name).await?;
+        let finished = finish(draft, files, saved).await;
+        if finished.is_err()
+            && let Err(error) = self.machines.remove(&name).await
+        {
+            warn!(snapshot = name, %error, "the chunks of a snapshot that could not be kept stay until flintd is started again");
+        }
+        finished
     }
 
     /// Has an image on this host that makes the same device.

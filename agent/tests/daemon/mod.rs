@@ -240,6 +240,15 @@ fn cgroups() -> PathBuf {
     mount.expect("cgroup2")[1].into()
 }
 
+/// What hides the page server from a flintd, in a mount namespace of its own: a file that cannot be run is in its place.
+#[allow(dead_code, reason = "not every test does")]
+pub fn without_pages() -> String {
+    format!(
+        "mount --bind /dev/null {}",
+        vmm().with_file_name("flint-pages").display()
+    )
+}
+
 /// flint-vmm: from the folder that FLINT_BIN names, or of the same build as this test.
 fn vmm() -> PathBuf {
     let built = Path::new(env!("CARGO_BIN_EXE_flintd")).with_file_name("flint-vmm");

@@ -490,11 +490,10 @@ struct Traces(BTreeSet<String>);
 impl Traces {
     fn now() -> Self {
         let mut traces = BTreeSet::new();
-        traces.extend(
-            processes("flint-vmm")
-                .into_iter()
-                .map(|(pid, _)| format!("process flint-vmm {pid}")),
-        );
+        for name in ["flint-vmm", "flint-pages"] {
+            let pids = processes(name).into_iter().map(|(pid, _)| pid);
+            traces.extend(pids.map(|pid| format!("process {name} {pid}")));
+        }
         let interfaces = names_in("/sys/class/net").filter(|name| name.starts_with("flt"));
         traces.extend(interfaces.map(|name| format!("interface {name}")));
         traces.extend(

@@ -165,7 +165,8 @@ impl Host {
         self.folder.file_name().unwrap().to_str().unwrap().to_owned()
     }
 
-    fn cgroup(&self) -> PathBuf {
+    /// The folder of the manager's cgroup.
+    pub fn cgroup(&self) -> PathBuf {
         let mounts = fs::read_to_string("/proc/self/mounts").unwrap();
         let mount = mounts
             .lines()
@@ -219,6 +220,7 @@ pub fn wait_for(file: &Path, text: &str) {
 }
 
 /// Blocks until a file is there.
+#[allow(dead_code, reason = "each test program uses a part")]
 pub fn wait_there(file: &Path) {
     wait_until(file, || file.symlink_metadata().is_ok());
 }

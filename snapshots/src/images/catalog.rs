@@ -348,6 +348,21 @@ impl Catalog {
         Ok((open()?, packs))
     }
 
+    /// A table for chunks that lie anywhere, and the packs that it names, opened.
+    pub(crate) fn open_device(
+        &self,
+        image: &crate::image::Image,
+        what: &str,
+    ) -> Result<(Table, Vec<File>), ImageError> {
+        let _still = self.places.read().unwrap_or_else(PoisonError::into_inner);
+        let ids: Vec<_> = image.chunks().iter().map(|chunk| chunk.id).collect();
+        let places: HashMap<_, _> = ids.iter().copied().zip(self.chunks.locate(&ids)?).collect();
+        let table = Table::build(image, |id| places.get(id).copied()).map_err(|error| record_error(what, &error))?;
+        let packs = table.packs().iter().map(|pack| self.chunks.open_pack(*pack));
+        let packs = packs.collect::<Result<_, _>>()?;
+        Ok((table, packs))
+    }
+
     /// The name of the bytes that its device has.
     pub(crate) fn device_name(&self, digest: Digest) -> Result<String, ImageError> {
         let _still = self.places.read().unwrap_or_else(PoisonError::into_inner);

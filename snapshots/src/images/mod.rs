@@ -291,6 +291,15 @@ impl Inner {
         &self.registry
     }
 
+    /// A device of chunks that are no image's: its table, and the packs that it names.
+    pub(crate) fn open_device(
+        &self,
+        image: &crate::image::Image,
+        what: &str,
+    ) -> Result<(crate::device::Table, Vec<std::fs::File>), ImageError> {
+        self.catalog.open_device(image, what)
+    }
+
     /// Gives back what neither an image nor a machine needs; returns how many bytes.
     pub(crate) fn sweep(&self) -> Result<u64, ImageError> {
         self.catalog.sweep(self.flights.any())

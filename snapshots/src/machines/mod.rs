@@ -11,6 +11,7 @@
 //!
 //! - [`record`]: what is known of a machine, as a value and as JSON;
 //! - [`files`]: from files to chunks and back;
+//! - [`open`]: a file as a device, for who brings it piece by piece;
 //! - [`bundle`]: chunks for the way;
 //! - [`shelf`]: the machines of this host, in the store's index;
 //! - [`push`] and [`pull`], and what they share: [`transfer`].
@@ -21,6 +22,7 @@
 mod bundle;
 mod error;
 mod files;
+mod open;
 mod pull;
 mod push;
 mod record;
@@ -31,6 +33,7 @@ use std::fs::File;
 use std::sync::Arc;
 
 pub use error::MachineError;
+pub use open::ChunkedFile;
 pub use pull::{Fetched, Found};
 #[cfg(feature = "fuzzing")]
 pub(crate) use record::comes_back;

@@ -188,5 +188,6 @@ fn describe(record: PodRecord, disks: Vec<String>, saved: SavedMachine, paused_f
         mac: saved.mac,
         plugged_bytes: saved.plugged_bytes,
         outputs: Vec::new(),
+        memory_in_store: false,
     }
 }
