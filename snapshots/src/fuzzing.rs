@@ -6,12 +6,19 @@ use crate::device;
 use crate::images::ingest;
 use crate::layer::{self, LayerIndex};
 use crate::machines;
-use crate::registry::{self, Challenge, Choice};
+use crate::registry::{self, Challenge, Choice, Digest};
 
 /// Reads a layer as it is stored: gzip, zstd or plain.
 pub fn compressed_layer(stored: &[u8], sink: &mut impl ChunkSink, limits: &layer::Limits) -> Option<LayerIndex> {
     let unpacked = ingest::unpack(&mut &stored[..], sink, limits);
     unpacked.result.ok().map(|(index, _)| index)
+}
+
+/// How a layer can be read in part, encoded.
+pub fn layer_access(stored: &[u8], sink: &mut impl ChunkSink, limits: &layer::Limits) -> Option<Vec<u8>> {
+    let unpacked = ingest::unpack(&mut &stored[..], sink, limits);
+    let read = unpacked.into_access(Digest::of(stored), stored.len() as u64);
+    read.ok().map(|(_, access)| access.encode())
 }
 
 /// Reads a manifest or an index, and chooses out of the latter.
