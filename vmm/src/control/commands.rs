@@ -18,7 +18,6 @@ use flint_snapshots::device::ImageDevice;
 use nix::sys::socket::{UnixAddr, getsockname, getsockopt, sockopt};
 
 use crate::boot;
-use crate::jail::{Confine, ThreadsFor};
 use crate::machine::config::Config;
 use crate::machine::snapshot::{LoadRequest, Report, SaveRequest};
 use crate::machine::{self, Created, Machine, Parked, Paused, Reserved, Running, Saving, Shell, Step};
@@ -288,6 +287,21 @@ impl Phase {
         matches!(self, Self::Parked(_))
     }
 
+    /// Whether the machine was claimed before there was time for [`Self::settle`].
+    #[must_use]
+    pub fn is_unsettled(&self) -> bool {
+        matches!(self, Self::Running(running) if running.is_unsettled())
+    }
+
+    /// Gives up what only loading needed.
+    pub fn settle(&mut self) {
+        match self {
+            Self::Parked(parked) => parked.settle(),
+            Self::Running(running) => running.settle(),
+            _ => {}
+        }
+    }
+
     /// Whether there is something to do beside waiting for requests.
     #[must_use]
     pub fn is_busy(&self) -> bool {
@@ -397,33 +411,10 @@ impl Phase {
         }
     }
 
-    /// What the process has still to do, once it has made its threads.
+    /// Whether the process has made all its threads.
     #[must_use]
-    pub fn ahead(&self) -> Option<ThreadsFor> {
-        match self {
-            Self::Shell(_) => None,
-            Self::Reserved(_) => Some(ThreadsFor::Restore),
-            _ => Some(ThreadsFor::Boot),
-        }
-    }
-
-    /// Takes from this thread and those of vCPUs what is not needed for what is ahead: in all of them at once.
-    ///
-    /// # Errors
-    /// The kernel refuses, or a thread is gone.
-    pub fn narrow(&self, confine: &Confine, ahead: ThreadsFor) -> Result<(), machine::Error> {
-        let failed = |what| move |source| machine::Error::Host { what, source };
-        // Made for a start, vCPUs have had no more than that needs from the beginning.
-        let parked = match self {
-            Self::Parked(parked) => parked.as_ref().narrow_vcpus(confine)?,
-            _ => Vec::new(),
-        };
-        let control = confine.narrow_control(ahead);
-        for vcpu in parked {
-            vcpu.wait()?
-                .map_err(failed("narrowing the filter of a vCPU's thread"))?;
-        }
-        control.map_err(failed("narrowing the control thread's filter"))
+    pub fn has_machine(&self) -> bool {
+        self.machine().is_some()
     }
 
     fn state(&self) -> Answer {

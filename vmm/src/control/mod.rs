@@ -34,8 +34,8 @@ const CONNECTION: u64 = 1;
 const EXIT: u64 = 2;
 const DIALS: u64 = 3;
 
-/// A parked machine that nobody claims for so many milliseconds has time to become small; one that is claimed at once does not wait for that.
-const PARKED_FOR_LONG: u8 = 20;
+/// A loaded machine of which nobody wants anything for so many milliseconds has time to become small; nobody waits for that.
+const LONG_MS: u8 = 20;
 
 /// The end of a sandbox, with its machine: to be kept until the process exits, because taking a running machine apart first
 /// would only cost time.
@@ -116,17 +116,18 @@ impl Server {
         }
         let busy = phase.is_busy();
         let mut events = [EpollEvent::empty(); 4];
-        let untrimmed = phase.is_parked() && !self.trimmed;
-        let patience = match (busy || phase.has_spare_work(), untrimmed) {
+        let unsettled = phase.is_unsettled() || phase.is_parked() && !self.trimmed;
+        let patience = match (busy || phase.has_spare_work(), unsettled) {
             (true, _) => EpollTimeout::ZERO,
-            (false, true) => PARKED_FOR_LONG.into(),
+            (false, true) => LONG_MS.into(),
             (false, false) => EpollTimeout::NONE,
         };
         let count = match self.epoll.wait(&mut events, patience) {
             Err(Errno::EINTR) => return Ok(phase),
             outcome => outcome?,
         };
-        if count == 0 && untrimmed {
+        if count == 0 && unsettled {
+            phase.settle();
             trim_heap();
             self.trimmed = true;
         }
@@ -212,14 +213,14 @@ impl Server {
             );
             return phase;
         };
-        let before = phase.ahead();
+        let had_machine = phase.has_machine();
         let (phase, outcome) = phase.handle(command, fds);
         // Whatever it was, it may have taken something of the heap.
         self.trimmed = false;
-        if let Some(ahead) = phase.ahead().filter(|_| phase.ahead() != before) {
-            // All threads are there, or what only loading needs is done.
-            if let Err(error) = phase.narrow(&self.confine, ahead) {
-                let detail = commands::chain(&error);
+        if phase.has_machine() && !had_machine {
+            // All threads are there.
+            if let Err(error) = self.confine.control() {
+                let detail = format!("narrowing the control thread's filter: {error}");
                 self.exit.set(Exit::new(ExitReason::VmmError, detail));
             }
         }

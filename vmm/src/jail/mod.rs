@@ -54,15 +54,6 @@ pub fn landlock() -> Result<(), Error> {
     Ok(())
 }
 
-/// What a machine's threads have ahead of them.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum ThreadsFor {
-    /// A kernel's start, or nothing but to run.
-    Boot,
-    /// The loading of a snapshot first.
-    Restore,
-}
-
 /// Puts system call filters on threads; without a jail, none.
 #[derive(Clone)]
 pub struct Confine(Option<Arc<Filters>>);
@@ -87,37 +78,30 @@ impl Confine {
         Ok(Self(Some(Arc::new(filters))))
     }
 
-    /// Confines the control thread further, once all other threads are there: to what is ahead of it.
+    /// Confines the control thread further, once all other threads are there.
     ///
     /// # Errors
     /// The kernel refuses.
-    pub fn narrow_control(&self, ahead: ThreadsFor) -> io::Result<()> {
-        self.apply(match ahead {
-            ThreadsFor::Boot => Kind::Control,
-            ThreadsFor::Restore => Kind::Loader,
-        })
+    pub fn control(&self) -> io::Result<()> {
+        self.apply(Kind::Control)
     }
 
     /// What a vCPU's thread does first.
-    pub fn vcpu(&self, ahead: ThreadsFor) -> impl FnOnce() -> io::Result<()> + Send + 'static {
+    pub fn vcpu(&self) -> impl FnOnce() -> io::Result<()> + Send + 'static {
         let confine = self.clone();
-        move || {
-            confine.apply(match ahead {
-                ThreadsFor::Boot => Kind::Vcpu,
-                ThreadsFor::Restore => Kind::VcpuLoader,
-            })
-        }
+        move || confine.apply(Kind::Vcpu)
+    }
+
+    /// What the thread does first that loads snapshots.
+    pub fn loader(&self) -> impl FnOnce() -> io::Result<()> + Send + 'static {
+        let confine = self.clone();
+        move || confine.apply(Kind::Loader)
     }
 
     /// What the thread does first that listens to a page server.
     pub fn watcher(&self) -> impl FnOnce() -> io::Result<()> + Send + 'static {
         let confine = self.clone();
         move || confine.apply(Kind::Watcher)
-    }
-
-    /// What a vCPU's thread does when it has loaded its state.
-    pub fn narrow_vcpu(&self) -> impl FnOnce() -> io::Result<()> + Send + 'static {
-        self.vcpu(ThreadsFor::Boot)
     }
 
     /// What a device's thread does first.

@@ -1,11 +1,11 @@
 //! The system calls that each kind of thread may make. Any other one kills the process with SIGSYS.
 //!
 //! ```text
-//! main thread:  Setup ---------------- CreateMachine -----------------> Control       filters only ever narrow
-//!                 |  \-- ReserveMachine --> Loader -- LoadSnapshot ------^          (a thread inherits its maker's)
-//!                 |  starts
-//!                 +--> vCPU threads: Vcpu, or VcpuLoader -- LoadSnapshot --> Vcpu
-//!                 +--> device threads: Device(kind); of a machine reserved as paged, Watcher
+//! main thread:  Setup -- CreateMachine, ReserveMachine --> Control       filters only ever narrow
+//!                 |  starts                                            (a thread inherits its maker's)
+//!                 +--> vCPU threads: Vcpu
+//!                 +--> device threads: Device(kind)
+//!                 +--> of a machine that is reserved: Loader, which ends when that is loaded; if it is paged, Watcher
 //!
 //! a page server's one thread: PageServer
 //! ```
@@ -23,12 +23,10 @@ use crate::virtio::ThreadKind;
 pub enum Kind {
     /// The main thread until there is a machine: all that the others may, and making threads and a VM.
     Setup,
-    /// The main thread of a reserved machine: also what loading a snapshot needs.
-    Loader,
     /// The main thread from then on.
     Control,
-    /// A vCPU's that is to be given a saved state.
-    VcpuLoader,
+    /// That which loads a snapshot.
+    Loader,
     /// A vCPU's.
     Vcpu,
     /// That which listens to the page server.
@@ -41,11 +39,10 @@ pub enum Kind {
 
 impl Kind {
     /// All kinds of a VMM's threads.
-    pub const ALL: [Self; 12] = [
+    pub const ALL: [Self; 11] = [
         Self::Setup,
-        Self::Loader,
         Self::Control,
-        Self::VcpuLoader,
+        Self::Loader,
         Self::Vcpu,
         Self::Watcher,
         Self::Device(ThreadKind::Block),
@@ -119,11 +116,16 @@ const SETUP: &[c_long] = &[
     libc::SYS_uname, // a snapshot's passport
 ];
 
-/// What devices do as they are loaded.
-const LOADING: &[c_long] = &[libc::SYS_timerfd_settime];
-
-/// A thread that is to narrow itself.
-const NARROWING: &[c_long] = &[libc::SYS_prctl, libc::SYS_seccomp];
+/// The loader: a snapshot's files, what devices do as they are loaded, and the introduction to a page server.
+const LOADING: &[c_long] = &[
+    libc::SYS_lseek,
+    libc::SYS_poll,
+    libc::SYS_pread64,
+    libc::SYS_recvmsg,
+    libc::SYS_sendmsg,
+    libc::SYS_statx,
+    libc::SYS_timerfd_settime,
+];
 
 const BLOCK: &[c_long] = &[
     libc::SYS_io_uring_enter,
@@ -182,10 +184,14 @@ const KVM_VCPU: &[u32] = &[
     0xaed5, // KVM_PRE_FAULT_MEMORY
 ];
 
-/// Those of a vCPU that is given a saved state.
+/// Those that give a vCPU a saved state.
 const KVM_VCPU_LOAD: &[u32] = &[
+    0xae82, // KVM_SET_REGS
+    0xae84, // KVM_SET_SREGS
+    0xae89, // KVM_SET_MSRS
     0xae8f, // KVM_SET_LAPIC
     0xae90, // KVM_SET_CPUID2
+    0xae91, // KVM_GET_CPUID2
     0xae99, // KVM_SET_MP_STATE
     0xaea0, // KVM_SET_VCPU_EVENTS
     0xaea2, // KVM_SET_DEBUGREGS, KVM_SET_TSC_KHZ
@@ -294,11 +300,11 @@ fn add(rules: &mut Rules, kind: Kind) {
             }
         }
         Kind::Loader => {
-            add(rules, Kind::Control);
-            rules.allow(NARROWING);
             rules.allow(LOADING);
+            // The serial line's interrupt and the userfaultfd device are shared with what is loaded.
+            rules.allow_with(libc::SYS_fcntl, 1, u32::MAX, &[libc::F_DUPFD_CLOEXEC.cast_unsigned()]);
             ioctls(rules, KVM_LOAD);
-            rules.allow(POLL);
+            ioctls(rules, KVM_VCPU_LOAD);
             ioctls(rules, PAGING);
             ioctls(rules, UNPAGING);
         }
@@ -307,11 +313,6 @@ fn add(rules: &mut Rules, kind: Kind) {
             rules.allow(CONTROL);
             ioctls(rules, BINDING);
             ioctls(rules, KVM_SAVE);
-        }
-        Kind::VcpuLoader => {
-            add(rules, Kind::Vcpu);
-            rules.allow(NARROWING);
-            ioctls(rules, KVM_VCPU_LOAD);
         }
         Kind::Vcpu => ioctls(rules, KVM_VCPU),
         Kind::Watcher => {
@@ -452,10 +453,10 @@ mod tests {
         assert!(may(Kind::Setup, CREATE_VM) && !may(Kind::Vcpu, CREATE_VM) && !may(Kind::Control, CREATE_VM));
         const SET_LAPIC: c_long = 0xae8f;
         const SET_IRQCHIP: c_long = 0xae63;
-        assert!(may(Kind::VcpuLoader, SET_LAPIC) && !may(Kind::Vcpu, SET_LAPIC) && !may(Kind::Loader, SET_LAPIC));
-        assert!(may(Kind::Loader, SET_IRQCHIP) && !may(Kind::Control, SET_IRQCHIP));
+        assert!(may(Kind::Loader, SET_LAPIC) && !may(Kind::Vcpu, SET_LAPIC) && !may(Kind::Control, SET_LAPIC));
+        assert!(may(Kind::Loader, SET_IRQCHIP) && !may(Kind::Vcpu, SET_IRQCHIP) && !may(Kind::Control, SET_IRQCHIP));
         const WAKE: c_long = 0xaa02;
         assert!(may(Kind::PageServer, WAKE) && !may(Kind::PageServer, CREATE_VM) && !may(Kind::PageServer, RUN));
-        assert!(!may(Kind::Loader, CREATE_VM) && !may(Kind::Loader, RUN) && !may(Kind::VcpuLoader, CREATE_VM));
+        assert!(!may(Kind::Loader, CREATE_VM) && !may(Kind::Loader, RUN));
     }
 }

@@ -3,7 +3,7 @@
 //! ```text
 //! Shell --create--> Created --load_kernel, start--> Running --pause--> Paused --save
 //!   |                                                ^  |^ ^              |
-//!   +--reserve--> Reserved --load--> Parked --claim--+  || +---resume-----+
+//!   +--reserve--> Reserved --load--> Parked --claim--+  || +---resume-----+      load: by a thread of its own, the loader
 //!                                          \--save      |+--- Saving, step after step
 //!                                                       +---save--^
 //! ```
@@ -19,6 +19,7 @@ use std::sync::Arc;
 use kvm_ioctls::Kvm;
 
 use super::config::Config;
+use super::loader::{Loader, Paging};
 use super::saving::{Finished, Live, Next, resume_logged};
 use super::snapshot::{LoadRequest, Report, SaveRequest, Time};
 use super::{Error, Machine, host};
@@ -26,7 +27,7 @@ use crate::acpi;
 use crate::boot::{self, Entry};
 use crate::dial::Dialer;
 use crate::exit::ExitLatch;
-use crate::jail::{Confine, ThreadsFor};
+use crate::jail::Confine;
 use crate::memory::paged::Watcher;
 use crate::memory::pagemap::Pagemap;
 
@@ -52,36 +53,42 @@ pub struct Shell {
 
 /// All parts are there; nothing has run.
 pub struct Created {
-    machine: Machine,
+    machine: Arc<Machine>,
     entry: Option<Entry>,
 }
 
 /// All parts are there, and wait for a snapshot.
 pub struct Reserved {
-    machine: Machine,
-    paging: Option<Paging>,
+    machine: Arc<Machine>,
+    loader: Loader,
 }
 
-/// What a machine needs whose memory comes from a page server.
-pub(super) struct Paging {
-    pub(super) device: Option<File>,
-    pub(super) watcher: Watcher,
+/// How a machine begins.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Start {
+    /// By a kernel.
+    Boot,
+    /// By the loading of a snapshot.
+    Load,
 }
 
 /// A snapshot is loaded: memory is mapped and all state set but for the time, which stands still.
 pub struct Parked {
-    machine: Machine,
+    machine: Arc<Machine>,
     time: Time,
+    /// Has nothing left to do. Its thread ends when nobody waits for the machine.
+    loader: Option<Loader>,
 }
 
 /// The guest runs.
 pub struct Running {
-    machine: Machine,
+    machine: Arc<Machine>,
+    loader: Option<Loader>,
 }
 
 /// The guest runs, and its memory is being copied.
 pub struct Saving {
-    machine: Machine,
+    machine: Arc<Machine>,
     live: Live,
 }
 
@@ -97,7 +104,7 @@ pub enum Step {
 
 /// The guest was running and stands still; so do its devices.
 pub struct Paused {
-    machine: Machine,
+    machine: Arc<Machine>,
 }
 
 impl Shell {
@@ -119,8 +126,11 @@ impl Shell {
     /// # Errors
     /// Something cannot be had; what was made is gone again, and the shell can be asked once more.
     pub fn create(self, config: &Config) -> Result<Created, (Self, Error)> {
-        match Machine::new(&self, config, ThreadsFor::Boot) {
-            Ok(machine) => Ok(Created { machine, entry: None }),
+        match Machine::new(&self, config, Start::Boot) {
+            Ok(machine) => Ok(Created {
+                machine: Arc::new(machine),
+                entry: None,
+            }),
             Err(error) => Err((self, error)),
         }
     }
@@ -130,20 +140,27 @@ impl Shell {
     /// # Errors
     /// As [`Self::create`].
     pub fn reserve(self, config: &Config, paged: bool) -> Result<Reserved, (Self, Error)> {
-        let watcher = paged.then(|| Watcher::spawn(self.confine.watcher()));
-        let watcher = watcher
-            .transpose()
-            .map_err(host("starting the thread that listens to a page server"));
-        match watcher.and_then(|watcher| Ok((watcher, Machine::new(&self, config, ThreadsFor::Restore)?))) {
-            Ok((watcher, machine)) => Ok(Reserved {
-                machine,
-                paging: watcher.map(|watcher| Paging {
-                    device: self.uffd,
-                    watcher,
-                }),
-            }),
+        match self.reserved(config, paged) {
+            Ok(reserved) => Ok(reserved),
             Err(error) => Err((self, error)),
         }
+    }
+
+    fn reserved(&self, config: &Config, paged: bool) -> Result<Reserved, Error> {
+        let machine = Arc::new(Machine::new(self, config, Start::Load)?);
+        let paging = paged.then(|| self.paging()).transpose()?;
+        let loader = Loader::spawn(paging, machine.rehearsal()?, self.confine.loader());
+        let loader = loader.map_err(host("starting the thread that loads snapshots"))?;
+        Ok(Reserved { machine, loader })
+    }
+
+    fn paging(&self) -> Result<Paging, Error> {
+        let watcher = Watcher::spawn(self.confine.watcher());
+        let device = self.uffd.as_ref().map(File::try_clone).transpose();
+        Ok(Paging {
+            device: device.map_err(host("sharing the userfaultfd device"))?,
+            watcher: watcher.map_err(host("starting the thread that listens to a page server"))?,
+        })
     }
 }
 
@@ -172,7 +189,7 @@ impl Created {
             None => Err(Error::NoKernel),
         };
         match outcome {
-            Ok(()) => Ok(Running { machine: self.machine }),
+            Ok(()) => Ok(Running::from(self.machine)),
             Err(error) => Err((self, error)),
         }
     }
@@ -185,10 +202,11 @@ impl Reserved {
     /// It cannot be read, is another host's or another machine's, or KVM refuses what is in it. Nothing has run, and
     /// another one can be loaded.
     pub fn load(self, request: LoadRequest) -> Result<Parked, (Self, Error)> {
-        match self.machine.load(request, self.paging.as_ref()) {
+        match self.loader.load(&self.machine, request) {
             Ok(time) => Ok(Parked {
                 machine: self.machine,
                 time,
+                loader: Some(self.loader),
             }),
             Err(error) => Err((self, error)),
         }
@@ -202,7 +220,10 @@ impl Parked {
     /// KVM refuses the clock, or a vCPU's thread is gone; nothing has run.
     pub fn claim(self) -> Result<Running, (Self, Error)> {
         match self.machine.claim(&self.time) {
-            Ok(()) => Ok(Running { machine: self.machine }),
+            Ok(()) => Ok(Running {
+                machine: self.machine,
+                loader: self.loader,
+            }),
             Err(error) => Err((self, error)),
         }
     }
@@ -215,6 +236,11 @@ impl Parked {
         self.machine.save(request, Some(&self.time))
     }
 
+    /// Lets the loader go, if it is still there.
+    pub fn settle(&mut self) {
+        self.loader = None;
+    }
+
     /// Makes present what other clones have used, of which so many bytes may be copied before the claim.
     ///
     /// # Errors
@@ -224,7 +250,25 @@ impl Parked {
     }
 }
 
+impl From<Arc<Machine>> for Running {
+    fn from(machine: Arc<Machine>) -> Self {
+        let loader = None;
+        Self { machine, loader }
+    }
+}
+
 impl Running {
+    /// Whether it was claimed so soon that the loader is still there.
+    #[must_use]
+    pub fn is_unsettled(&self) -> bool {
+        self.loader.is_some()
+    }
+
+    /// Lets the loader go, if it is still there.
+    pub fn settle(&mut self) {
+        self.loader = None;
+    }
+
     /// Stops vCPUs, then devices.
     ///
     /// # Errors
@@ -281,7 +325,7 @@ impl Paused {
     /// A device cannot go on; all stands still.
     pub fn resume(self) -> Result<Running, (Self, Error)> {
         match resume_logged(&self.machine) {
-            Ok(()) => Ok(Running { machine: self.machine }),
+            Ok(()) => Ok(Running::from(self.machine)),
             Err(error) => Err((self, error)),
         }
     }
@@ -310,7 +354,7 @@ impl Saving {
             }
         };
         match outcome {
-            Finished::Running(saved) => Step::Running(Running { machine: self.machine }, saved),
+            Finished::Running(saved) => Step::Running(self.machine.into(), saved),
             Finished::Paused(saved) => Step::Paused(Paused { machine: self.machine }, saved),
         }
     }

@@ -1,6 +1,6 @@
 //! A machine: what it consists of, and what is done to it as a whole.
 //!
-//! - [`life`]: the phases that it goes through, each a type of its own;
+//! - [`life`]: the phases that it goes through, each a type of its own, and [`loader`], the thread of one of them;
 //! - [`parts`]: how its parts are made, [`config`] of what was asked for, [`devices`] in their windows;
 //! - [`snapshot`]: saving and loading it, with the interrupt controllers of [`chipset`]; [`saving`]: while the guest runs;
 //! - [`working_set`]: what clones use, recorded and replayed.
@@ -9,6 +9,7 @@ pub mod chipset;
 pub mod config;
 pub mod devices;
 pub mod life;
+mod loader;
 pub mod parts;
 pub mod saving;
 pub mod snapshot;
@@ -25,7 +26,7 @@ use thiserror::Error;
 
 use self::config::Config;
 use self::devices::{AnyDevice, Builder, Slot};
-pub use self::life::{Created, HostFiles, Parked, Paused, Reserved, Running, Saving, Shell, Step};
+pub use self::life::{Created, HostFiles, Parked, Paused, Reserved, Running, Saving, Shell, Start, Step};
 pub use self::parts::{create_interrupt_controllers, create_vm};
 use self::working_set::Replayed;
 use crate::acpi::{self, VirtioWindow};
@@ -33,7 +34,6 @@ use crate::boot::{self, Entry};
 use crate::bus::{self, Bus};
 use crate::dial::Dialer;
 use crate::exit::ExitLatch;
-use crate::jail::ThreadsFor;
 use crate::memory::pagemap::Pagemap;
 use crate::memory::{self, Anonymous, GuestMemory, MemorySource};
 use crate::platform::generation::{self, Generation};
@@ -209,7 +209,7 @@ pub struct Machine {
 
 impl Machine {
     /// Makes all parts, with memory that is zero. Its vCPUs' threads are confined to what is ahead of them.
-    fn new(shell: &Shell, config: &Config, ahead: ThreadsFor) -> Result<Self, Error> {
+    fn new(shell: &Shell, config: &Config, start: Start) -> Result<Self, Error> {
         let vm = create_vm(&shell.kvm)?;
         let mut ranges = memory::layout(config.memory);
         ranges.extend(memory::hotplug(config.hotplug));
@@ -237,7 +237,7 @@ impl Machine {
         let (mem, balloon) = (mem.transpose()?, balloon.transpose()?);
         let windows = builder.finish();
         // A host without io_uring says so to whoever binds a disk.
-        let ring = (ahead == ThreadsFor::Restore).then(Ring::new).and_then(Result::ok);
+        let ring = (start == Start::Load).then(Ring::new).and_then(Result::ok);
         let context = Context {
             ports: Arc::new(ports),
             mmio: Arc::new(mmio),
@@ -250,8 +250,8 @@ impl Machine {
         let vcpus = (0..)
             .zip(std::iter::once(Ok(first)).chain(others))
             .map(|(id, fd)| {
-                let confine = shell.confine.vcpu(ahead);
-                Vcpu::spawn(id, fd?, context.clone(), confine).map_err(host("starting a vCPU's thread"))
+                let confine = shell.confine.vcpu();
+                Vcpu::spawn(id, fd?, start, context.clone(), confine).map_err(host("starting a vCPU's thread"))
             })
             .collect::<Result<Vec<_>, Error>>()?;
         Ok(Self {

@@ -1,8 +1,8 @@
 //! A whole machine into its two files, and out of them.
 //!
 //! Loading goes from the inside out, because each part may say something to the one before it: interrupt controllers, vCPUs
-//! with their local APICs, and then whatever raises interrupts. vCPUs take their state in their own threads; devices, which say nothing
-//! meanwhile, take theirs beside them. What cannot be right is refused before anything is touched.
+//! with their local APICs, and then whatever raises interrupts. One thread does all of it, the loader, and gives the vCPUs to their threads
+//! when nothing can fail any more. What cannot be right is refused before anything is touched.
 
 use std::fs::File;
 use std::io;
@@ -15,11 +15,10 @@ use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
 use super::devices::{AnyDevice, DeviceRecord};
-use super::life::Paging;
+use super::loader::Paging;
 use super::{Error, Machine, chipset, host, named};
 use crate::control::commands;
 use crate::exit::Exit;
-use crate::jail::Confine;
 use crate::memory::file::{self, Difference, Id, MAX_RUNS, Trailer};
 use crate::memory::mapped::MappedFiles;
 use crate::memory::paged::PagedFiles;
@@ -32,7 +31,7 @@ use crate::platform::GENERATION_PAGE;
 use crate::snapshot::{MachineRecord, RangeRecord, Snapshot};
 use crate::vcpu::first_pages::{self, Place};
 use crate::vcpu::state::{VcpuState, VcpuTime};
-use crate::vcpu::thread::Answer;
+use crate::vcpu::thread::Vcpu;
 use crate::virtio::core::lock;
 
 /// Where a loaded machine's time stands until it is claimed.
@@ -273,12 +272,26 @@ impl Machine {
             .collect())
     }
 
-    pub(super) fn take(&self, id: [u8; 16]) -> Result<Snapshot, Error> {
+    /// A state file like that which is to be loaded, but for the devices: for whoever is to read that soon.
+    pub(super) fn rehearsal(&self) -> Result<Vec<u8>, Error> {
+        Ok(self.take_core(Id::default())?.encode())
+    }
+
+    pub(super) fn take(&self, id: Id) -> Result<Snapshot, Error> {
+        let core = self.take_core(id)?;
+        let devices = self.devices();
+        let devices = devices.map(|device| device.save().map_err(|source| named(device, source)));
+        Ok(Snapshot {
+            devices: devices.collect::<Result<_, Error>>()?,
+            ..core
+        })
+    }
+
+    /// Everything but the devices' state.
+    fn take_core(&self, id: Id) -> Result<Snapshot, Error> {
         let vcpus = self.vcpus.iter().map(|vcpu| vcpu.save(self.host.msrs()));
         let vcpus = vcpus.collect::<Result<Vec<Box<VcpuState>>, _>>()?;
         let names = self.devices().map(|device| device.name().to_owned());
-        let devices = self.devices();
-        let devices = devices.map(|device| device.save().map_err(|source| named(device, source)));
         Ok(Snapshot {
             id,
             passport: self.host.passport(&vcpus, names.collect()),
@@ -287,7 +300,7 @@ impl Machine {
             clock: chipset::save_clock(&self.vm)?,
             serial: lock(&self.serial).save(),
             generation: self.generation.save(),
-            devices: devices.collect::<Result<_, Error>>()?,
+            devices: Vec::new(),
             vcpus,
         })
     }
@@ -352,25 +365,20 @@ impl Machine {
             vcpu.hold(state.was_never_started());
         }
         chipset::restore(&self.vm, &snapshot.chipset)?;
-        let begun = self.vcpus.iter().zip(snapshot.vcpus);
-        let begun = begun.map(|(vcpu, state)| vcpu.restore(state, khz));
-        let begun = begun.collect::<Result<Vec<_>, _>>()?;
+        for (vcpu, state) in self.vcpus.iter().zip(&snapshot.vcpus) {
+            vcpu.restore(state, khz)?;
+        }
         if here {
             places
                 .iter()
                 .for_each(|place| first_pages::populate(place, &self.memory));
             populate::page(&self.memory, GuestAddress(GENERATION_PAGE), Access::Write);
         }
-        let restored = self.restore_devices(&snapshot.devices);
-        // Whatever became of the devices: no vCPU is at it any more when this returns.
-        let vcpus: Vec<_> = begun.into_iter().map(Answer::wait).collect();
-        for vcpu in vcpus {
-            vcpu??;
-        }
-        restored?;
+        self.restore_devices(&snapshot.devices)?;
         self.devices().for_each(AnyDevice::repeat_interrupt);
         lock(&self.serial).restore(&snapshot.serial)?;
         self.generation.restore(&snapshot.generation)?;
+        self.vcpus.iter().try_for_each(Vcpu::hand_over)?;
         Ok(time)
     }
 
@@ -404,15 +412,6 @@ impl Machine {
             return differ("number of saved devices", saved.to_string(), there.to_string());
         }
         Ok(())
-    }
-
-    /// Takes from the vCPUs' threads what only loading needs.
-    ///
-    /// # Errors
-    /// A thread is gone; the answers tell whether the kernel refuses.
-    pub fn narrow_vcpus(&self, confine: &Confine) -> Result<Vec<Answer<'_, io::Result<()>>>, Error> {
-        let narrowed = self.vcpus.iter().map(|vcpu| vcpu.narrow(confine.narrow_vcpu()));
-        Ok(narrowed.collect::<Result<_, _>>()?)
     }
 
     /// Lets a loaded machine go on, its time where it stood.

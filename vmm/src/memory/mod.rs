@@ -129,7 +129,7 @@ pub fn hotplug(size: u64) -> Option<Range> {
 ///
 /// Mapping has two steps, because a memory slot is registered with KVM long before it is known what will be in it: a range of
 /// addresses is reserved first, and filled later.
-pub trait MemorySource {
+pub trait MemorySource: Send + Sync {
     /// Maps what this source has over memory that is [`reserve`]d, whose addresses stay as they are.
     ///
     /// # Errors

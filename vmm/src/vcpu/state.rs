@@ -9,7 +9,8 @@ use kvm_bindings::{
 use kvm_ioctls::VcpuFd;
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
-type Failure = (&'static str, kvm_ioctls::Error);
+/// What KVM refused, and its word.
+pub type Failure = (&'static str, kvm_ioctls::Error);
 
 /// Of an XSAVE area without features that a process must ask for.
 const XSAVE_WORDS: usize = 1024;
@@ -268,9 +269,13 @@ pub fn restore(vcpu: &VcpuFd, state: &VcpuState, tsc_khz: Option<u32>) -> Result
         vcpu.set_tsc_khz(khz)
             .map_err(at("setting the pace of its time stamps"))?;
     }
-    let cpuid =
-        CpuId::from_entries(&state.cpuid).map_err(|_| ("listing CPUID", kvm_ioctls::Error::new(libc::E2BIG)))?;
-    vcpu.set_cpuid2(&cpuid).map_err(at("restoring CPUID"))?;
+    let here = vcpu.get_cpuid2(KVM_MAX_CPUID_ENTRIES).map_err(at("reading CPUID"))?;
+    // It is the host's work of 20 us, and a template is mostly of the very host.
+    if !same_processor(here.as_slice(), &state.cpuid) {
+        let cpuid =
+            CpuId::from_entries(&state.cpuid).map_err(|_| ("listing CPUID", kvm_ioctls::Error::new(libc::E2BIG)))?;
+        vcpu.set_cpuid2(&cpuid).map_err(at("restoring CPUID"))?;
+    }
     vcpu.set_mp_state(state.mp_state)
         .map_err(at("restoring its MP state"))?;
     vcpu.set_regs(&state.regs).map_err(at("restoring its registers"))?;
@@ -296,6 +301,36 @@ pub fn restore(vcpu: &VcpuFd, state: &VcpuState, tsc_khz: Option<u32>) -> Result
         // The guest's watchdogs overlook the time that it was gone (KVM API 4.70).
         Err(error) => Err(("telling the guest that it was stopped", error)),
     }
+}
+
+/// Whether two lists of CPUID leaves are of the same processor, whatever state it is in.
+fn same_processor(one: &[kvm_cpuid_entry2], other: &[kvm_cpuid_entry2]) -> bool {
+    let pairs = one.iter().zip(other);
+    one.len() == other.len()
+        && pairs
+            .map(|(one, other)| (fixed(one), fixed(other)))
+            .all(|(one, other)| one == other)
+}
+
+/// A leaf without what KVM derives from a vCPU's registers whenever these are set (Linux, arch/x86/kvm/cpuid.c,
+/// kvm_update_cpuid_runtime; SDM volume 2, CPUID).
+fn fixed(leaf: &kvm_cpuid_entry2) -> kvm_cpuid_entry2 {
+    const MONITOR: u32 = 1 << 3;
+    const OSXSAVE: u32 = 1 << 27;
+    const APIC: u32 = 1 << 9;
+    const OSPKE: u32 = 1 << 4;
+    let mut leaf = *leaf;
+    match (leaf.function, leaf.index) {
+        (1, _) => {
+            leaf.ecx &= !(MONITOR | OSXSAVE);
+            leaf.edx &= !APIC;
+        }
+        (7, 0) => leaf.ecx &= !OSPKE,
+        // The size of the XSAVE area for what is enabled.
+        (0xd, 0 | 1) => leaf.ebx = 0,
+        _ => {}
+    }
+    leaf
 }
 
 /// Lets a vCPU's time go on where it stood: right before it runs.
@@ -332,4 +367,53 @@ fn set_msrs(vcpu: &VcpuFd, entries: &[kvm_msr_entry]) -> Result<(), Failure> {
     }
     let refused = "restoring MSRs: KVM does not take one of them";
     Err((refused, kvm_ioctls::Error::new(libc::EINVAL)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn leaf(function: u32, index: u32, [eax, ebx, ecx, edx]: [u32; 4]) -> kvm_cpuid_entry2 {
+        kvm_cpuid_entry2 {
+            function,
+            index,
+            eax,
+            ebx,
+            ecx,
+            edx,
+            ..Default::default()
+        }
+    }
+
+    #[test]
+    fn what_follows_from_registers_makes_no_other_processor_and_all_else_does() {
+        let list = [
+            leaf(1, 0, [1, 2, 0, 0]),
+            leaf(7, 0, [0, 5, 0, 0]),
+            leaf(0xd, 0, [7, 576, 832, 0]),
+        ];
+        let running = [
+            leaf(1, 0, [1, 2, 1 << 27 | 1 << 3, 1 << 9]),
+            leaf(7, 0, [0, 5, 1 << 4, 0]),
+            leaf(0xd, 0, [7, 832, 832, 0]),
+        ];
+        assert!(same_processor(&list, &running));
+        assert!(!same_processor(&list, &running[..2]));
+        for place in 0..list.len() {
+            for change in [
+                |leaf: &mut kvm_cpuid_entry2| leaf.function += 0x40,
+                |leaf: &mut kvm_cpuid_entry2| leaf.index += 2,
+                |leaf: &mut kvm_cpuid_entry2| leaf.eax ^= 1,
+                |leaf: &mut kvm_cpuid_entry2| leaf.ecx ^= 1,
+                |leaf: &mut kvm_cpuid_entry2| leaf.edx ^= 1,
+            ] {
+                let mut other = running;
+                change(&mut other[place]);
+                assert!(!same_processor(&list, &other), "{place}: {other:?}");
+            }
+        }
+        let mut features = running;
+        features[1].ebx ^= 1 << 3;
+        assert!(!same_processor(&list, &features));
+    }
 }

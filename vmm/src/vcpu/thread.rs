@@ -15,9 +15,9 @@ use std::cell::Cell;
 use std::io;
 use std::os::unix::thread::JoinHandleExt;
 use std::ptr;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, TryRecvError, channel};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 
 use flint_api::vmm::ExitReason;
@@ -30,6 +30,7 @@ use crate::boot::Entry;
 use crate::bus::Bus;
 use crate::control::commands;
 use crate::exit::{Exit, ExitLatch, LOST};
+use crate::machine::Start;
 use crate::memory::Range;
 
 /// Enough for the deepest call below a device's registers; guest code does not run on it.
@@ -52,19 +53,27 @@ pub struct Context {
 }
 
 type Reply<T> = Sender<Result<T, Error>>;
-type Narrowing = Box<dyn FnOnce() -> io::Result<()> + Send>;
 
 enum Command {
+    /// Comes first, and once.
+    Adopt(VcpuFd, Warmth),
     Enter(Entry, Reply<()>),
     Run,
     Claim(VcpuTime),
     Join,
     Pause(Sender<()>),
     Save(Vec<u32>, Reply<Box<VcpuState>>),
-    Restore(Box<VcpuState>, Option<u32>, Reply<()>),
     RestoreTime(VcpuTime, Reply<()>),
     Prefault(Vec<Range>, Sender<()>),
-    Narrow(Narrowing, Sender<io::Result<()>>),
+}
+
+/// Whether a vCPU that its thread has just got is to be made ready to run.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Warmth {
+    /// It has no state yet that could run.
+    Cold,
+    /// KVM_RUN is entered and left before the guest's first instruction: what KVM makes at a vCPU's first run is made now.
+    Warm,
 }
 
 /// A vCPU in its thread.
@@ -72,6 +81,8 @@ pub struct Vcpu {
     id: u8,
     /// It may not run, even to wait for its guest's start signal. The machine's control thread alone looks at this.
     held: AtomicBool,
+    /// The vCPU, as long as it is to be given a saved state, which its own thread may not.
+    unloaded: Mutex<Option<VcpuFd>>,
     inbox: Sender<Command>,
     thread: JoinHandle<()>,
 }
@@ -93,13 +104,15 @@ pub fn install_kick() -> io::Result<()> {
 }
 
 impl Vcpu {
-    /// Starts the thread of a vCPU, which then waits. `confine` runs first in it and puts the system call filter on.
+    /// Starts the thread of a vCPU, which then waits. `confine` runs first in it and puts the system call filter on. A vCPU that
+    /// is to be given a saved state first does not get to its thread before [`Self::hand_over`].
     ///
     /// # Errors
     /// The thread cannot be made.
     pub fn spawn(
         id: u8,
         fd: VcpuFd,
+        start: Start,
         context: Context,
         confine: impl FnOnce() -> io::Result<()> + Send + 'static,
     ) -> io::Result<Self> {
@@ -115,25 +128,27 @@ impl Vcpu {
                 let _ = ready.send(outcome);
                 if !failed {
                     let guard = PanicGuard(context.exit.clone(), id);
-                    Runner {
-                        id,
-                        fd,
-                        context,
-                        commands,
+                    if let Some(runner) = Runner::wait(id, context, commands) {
+                        runner.serve();
                     }
-                    .serve();
                     drop(guard);
                 }
             })?;
         confined
             .recv()
             .unwrap_or_else(|_| Err(io::Error::other("the vCPU's thread ended before it began")))?;
-        Ok(Self {
+        let vcpu = Self {
             id,
             held: AtomicBool::new(false),
+            unloaded: Mutex::new(Some(fd)),
             inbox,
             thread,
-        })
+        };
+        if start == Start::Boot {
+            // A thread that has ended already is found gone by whoever wants something of it.
+            let _ = vcpu.adopted(Warmth::Cold);
+        }
+        Ok(vcpu)
     }
 
     /// Puts the vCPU to a kernel's entry.
@@ -200,16 +215,45 @@ impl Vcpu {
     /// # Errors
     /// KVM refuses, or the thread is gone.
     pub fn save(&self, msrs: &[u32]) -> Result<Box<VcpuState>, Error> {
+        if let Some(fd) = &*self.unloaded() {
+            return state::save(fd, msrs)
+                .map(Box::new)
+                .map_err(|failure| self.error(failure));
+        }
         self.ask(|reply| Command::Save(msrs.to_vec(), reply))?.wait()?
     }
 
-    /// Gives it a saved state, but for its time, and the pace of its time stamp counter if it is another than the host's. It
-    /// must not have run. By the vCPU's own thread: KVM would move the vCPU to another one, and back, at a price.
+    /// Gives it a saved state, but for its time, and the pace of its time stamp counter if it is another than the host's. Before
+    /// it is handed over to its thread.
     ///
     /// # Errors
-    /// The thread is gone; the answer tells what KVM refused.
-    pub fn restore(&self, state: Box<VcpuState>, khz: Option<u32>) -> Result<Answer<'_, Result<(), Error>>, Error> {
-        self.ask(|reply| Command::Restore(state, khz, reply))
+    /// KVM refuses, or it was handed over.
+    pub fn restore(&self, state: &VcpuState, khz: Option<u32>) -> Result<(), Error> {
+        match &*self.unloaded() {
+            Some(fd) => state::restore(fd, state, khz).map_err(|failure| self.error(failure)),
+            None => Err(self.error(("restoring it: its thread has it", kvm_ioctls::Error::new(libc::EBUSY)))),
+        }
+    }
+
+    /// Gives a vCPU that was restored to its thread, which makes it ready to run. Once.
+    ///
+    /// # Errors
+    /// The thread is gone.
+    pub fn hand_over(&self) -> Result<(), Error> {
+        self.adopted(Warmth::Warm)
+    }
+
+    fn adopted(&self, warmth: Warmth) -> Result<(), Error> {
+        let Some(fd) = self.unloaded().take() else {
+            return Ok(());
+        };
+        let sent = self.inbox.send(Command::Adopt(fd, warmth));
+        sent.map_err(|_| self.gone())
+    }
+
+    fn unloaded(&self) -> MutexGuard<'_, Option<VcpuFd>> {
+        // There is a vCPU in it or there is none, whoever panicked.
+        self.unloaded.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Sets its time; it must not run.
@@ -228,17 +272,6 @@ impl Vcpu {
         self.ask(|reply| Command::Prefault(ranges, reply))
     }
 
-    /// Has its thread confine itself further.
-    ///
-    /// # Errors
-    /// The thread is gone; the answer tells whether the host refuses.
-    pub fn narrow(
-        &self,
-        confine: impl FnOnce() -> io::Result<()> + Send + 'static,
-    ) -> Result<Answer<'_, io::Result<()>>, Error> {
-        self.ask(|reply| Command::Narrow(Box::new(confine), reply))
-    }
-
     fn ask<T>(&self, command: impl FnOnce(Sender<T>) -> Command) -> Result<Answer<'_, T>, Error> {
         let (reply, answer) = channel();
         self.inbox.send(command(reply)).map_err(|_| self.gone())?;
@@ -246,11 +279,12 @@ impl Vcpu {
     }
 
     fn gone(&self) -> Error {
-        Error {
-            vcpu: self.id,
-            what: "its thread has ended",
-            source: kvm_ioctls::Error::new(libc::ESRCH),
-        }
+        self.error(("its thread has ended", kvm_ioctls::Error::new(libc::ESRCH)))
+    }
+
+    fn error(&self, (what, source): state::Failure) -> Error {
+        let vcpu = self.id;
+        Error { vcpu, what, source }
     }
 }
 
@@ -299,6 +333,23 @@ struct Runner {
 }
 
 impl Runner {
+    /// Waits for the vCPU.
+    fn wait(id: u8, context: Context, commands: Receiver<Command>) -> Option<Self> {
+        let Ok(Command::Adopt(fd, warmth)) = commands.recv() else {
+            return None;
+        };
+        let mut runner = Self {
+            id,
+            fd,
+            context,
+            commands,
+        };
+        if warmth == Warmth::Warm {
+            runner.warm_up();
+        }
+        Some(runner)
+    }
+
     fn serve(mut self) {
         IMMEDIATE_EXIT.set(&raw mut self.fd.get_kvm_run().immediate_exit);
         while let Ok(command) = self.commands.recv() {
@@ -322,24 +373,18 @@ impl Runner {
             Command::Pause(reply) => drop(reply.send(())),
             Command::Enter(entry, reply) => drop(reply.send(self.told(registers::set_entry(&self.fd, entry)))),
             Command::Save(msrs, reply) => drop(reply.send(self.told(state::save(&self.fd, &msrs).map(Box::new)))),
-            Command::Restore(saved, khz, reply) => {
-                let restored = self.told(state::restore(&self.fd, &saved, khz));
-                if restored.is_ok() {
-                    self.warm_up();
-                }
-                drop(reply.send(restored));
-            }
             Command::RestoreTime(time, reply) => drop(reply.send(self.told(state::restore_time(&self.fd, time)))),
             Command::Prefault(ranges, reply) => {
                 prefault::map(&self.fd, &ranges);
                 let _ = reply.send(());
             }
-            Command::Narrow(confine, reply) => drop(reply.send(confine())),
+            // It is here.
+            Command::Adopt(..) => {}
         }
         Next::Wait
     }
 
-    fn run_if(&self, ready: Result<(), (&'static str, kvm_ioctls::Error)>) -> Next {
+    fn run_if(&self, ready: Result<(), state::Failure>) -> Next {
         match ready {
             Ok(()) => Next::Run,
             Err(failure) => {
@@ -350,7 +395,6 @@ impl Runner {
         }
     }
 
-    /// Enters KVM_RUN and leaves it before the guest's first instruction: what KVM makes at a vCPU's first run is made now.
     fn warm_up(&mut self) {
         self.fd.set_kvm_immediate_exit(1);
         // EINTR, as was asked for; whatever else there is comes again when it is to run.
@@ -358,11 +402,11 @@ impl Runner {
         self.fd.set_kvm_immediate_exit(0);
     }
 
-    fn told<T>(&self, outcome: Result<T, (&'static str, kvm_ioctls::Error)>) -> Result<T, Error> {
+    fn told<T>(&self, outcome: Result<T, state::Failure>) -> Result<T, Error> {
         outcome.map_err(|failure| self.error(failure))
     }
 
-    fn error(&self, (what, source): (&'static str, kvm_ioctls::Error)) -> Error {
+    fn error(&self, (what, source): state::Failure) -> Error {
         Error {
             vcpu: self.id,
             what,
