@@ -218,8 +218,9 @@ impl Server {
         // Whatever it was, it may have taken something of the heap.
         self.trimmed = false;
         if phase.has_machine() && !had_machine {
-            // All threads are there.
-            if let Err(error) = self.confine.control() {
+            // All threads are there; nobody needs the filters any more.
+            let confine = std::mem::replace(&mut self.confine, Confine::off());
+            if let Err(error) = confine.control() {
                 let detail = format!("narrowing the control thread's filter: {error}");
                 self.exit.set(Exit::new(ExitReason::VmmError, detail));
             }

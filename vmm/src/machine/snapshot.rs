@@ -272,13 +272,13 @@ impl Machine {
             .collect())
     }
 
-    /// A state file like that which is to be loaded, but for the devices: for whoever is to read that soon.
+    /// A state file like that which is to be loaded, of one vCPU and no devices: for whoever is to read that soon.
     pub(super) fn rehearsal(&self) -> Result<Vec<u8>, Error> {
-        Ok(self.take_core(Id::default())?.encode())
+        Ok(self.take_core(Id::default(), 1)?.encode())
     }
 
     pub(super) fn take(&self, id: Id) -> Result<Snapshot, Error> {
-        let core = self.take_core(id)?;
+        let core = self.take_core(id, self.vcpus.len())?;
         let devices = self.devices();
         let devices = devices.map(|device| device.save().map_err(|source| named(device, source)));
         Ok(Snapshot {
@@ -287,9 +287,9 @@ impl Machine {
         })
     }
 
-    /// Everything but the devices' state.
-    fn take_core(&self, id: Id) -> Result<Snapshot, Error> {
-        let vcpus = self.vcpus.iter().map(|vcpu| vcpu.save(self.host.msrs()));
+    /// Everything but the devices' state, and of so many vCPUs.
+    fn take_core(&self, id: Id, vcpus: usize) -> Result<Snapshot, Error> {
+        let vcpus = self.vcpus.iter().take(vcpus).map(|vcpu| vcpu.save(self.host.msrs()));
         let vcpus = vcpus.collect::<Result<Vec<Box<VcpuState>>, _>>()?;
         let names = self.devices().map(|device| device.name().to_owned());
         Ok(Snapshot {
