@@ -337,7 +337,7 @@ impl Machine {
                 Arc::new(PagedFiles::new(files, socket, device, watcher).map_err(memory::Error::Paged)?)
             }
         };
-        let loaded = self.fill_and_restore(&source, snapshot, khz, here);
+        let loaded = self.fill_and_restore(&source, &snapshot, khz, here);
         if loaded.is_err() {
             // A hole of the next one's must not show what was in this one.
             memory::clear(&self.memory).map_err(host("giving back the memory of a snapshot that cannot be loaded"))?;
@@ -350,7 +350,7 @@ impl Machine {
     fn fill_and_restore(
         &self,
         source: &Arc<dyn MemorySource>,
-        snapshot: Snapshot,
+        snapshot: &Snapshot,
         khz: Option<u32>,
         here: bool,
     ) -> Result<Time, Error> {
