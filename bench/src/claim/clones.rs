@@ -160,7 +160,7 @@ impl Template {
         };
         let claim = Claim {
             disks: vec![
-                disk(0, bind_disk::Source::Image(ImageDevice {})),
+                disk(0, bind_disk::Source::Image(ImageDevice::default())),
                 disk(IMAGES, bind_disk::Source::RawFile(RawFile { direct: false })),
             ],
             nets: vec![BindNet::default()],

@@ -24,11 +24,13 @@
 mod decompress;
 mod encoding;
 mod inflate;
+mod part;
 mod source;
 #[cfg(test)]
 mod tests;
 
 pub(crate) use decompress::Decompress;
+pub(crate) use part::Part;
 pub use source::{BlobRanges, LayerSource, LayerSourceError};
 
 use crate::chunk::Chunk;

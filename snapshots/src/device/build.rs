@@ -6,7 +6,7 @@ use std::io::{self, Write};
 use super::source::{PackId, PackLocation};
 use super::table::{
     CHUNK_RECORD_LEN, CHUNKS_PER_PAGE, DIRECTORY_ENTRY_LEN, EXTENT_RECORD_LEN, EXTENTS_PER_PAGE, HASHED_HEADER_LEN,
-    HEADER_LEN, MAGIC, MAX_PACKS, PAGE_LEN, Shape, VERSION, extent_record, page_digest,
+    HEADER_LEN, MAGIC, MAX_PACKS, PAGE_LEN, Shape, VERSION, VERSION_WHOLE, extent_record, page_digest,
 };
 use crate::chunk::{Chunk, ChunkId};
 use crate::image::Image;
@@ -48,7 +48,8 @@ pub enum BuildError {
 }
 
 impl Table {
-    /// The table of `image`, whose chunks lie where `locate` says.
+    /// The table of `image`, whose chunks lie where `locate` says. Those that it says are [absent](PackLocation::absent) have to be
+    /// fetched by whoever reads the device.
     ///
     /// # Errors
     /// [`BuildError`] when a chunk is not there, or the image is beyond what one device can have.
@@ -58,7 +59,8 @@ impl Table {
             .iter()
             .map(|chunk| locate_one(chunk, &locate))
             .collect::<Result<Vec<_>, _>>()?;
-        let mut packs: BTreeMap<PackId, u32> = locations.iter().map(|location| (location.pack, 0)).collect();
+        let here = locations.iter().filter(|location| !location.is_absent());
+        let mut packs: BTreeMap<PackId, u32> = here.map(|location| (location.pack, 0)).collect();
         for (slot, number) in packs.values_mut().zip(0..) {
             *slot = number;
         }
@@ -72,7 +74,9 @@ impl Table {
         let (chunk_pages, extent_pages) = pages.split_at_mut(shape.chunk_pages * PAGE_LEN);
         write_chunks(chunk_pages, image.chunks(), &locations, &packs);
         write_extents(extent_pages, image);
-        write_head(head, pages, image, &packs, &shape);
+        let whole = !locations.iter().any(PackLocation::is_absent);
+        let version = if whole { VERSION_WHOLE } else { VERSION };
+        write_head(head, pages, image, &packs, &shape, version);
         Ok(Self {
             bytes,
             packs: packs.into_keys().collect(),
@@ -141,7 +145,8 @@ fn write_chunks(pages: &mut [u8], chunks: &[Chunk], locations: &[PackLocation], 
     const { assert!(CHUNKS_PER_PAGE * CHUNK_RECORD_LEN == PAGE_LEN) };
     for ((record, chunk), location) in pages.chunks_exact_mut(CHUNK_RECORD_LEN).zip(chunks).zip(locations) {
         record[..32].copy_from_slice(chunk.id.as_bytes());
-        record[32..36].copy_from_slice(&packs[&location.pack].to_le_bytes());
+        let pack = packs.get(&location.pack).copied().unwrap_or(0);
+        record[32..36].copy_from_slice(&pack.to_le_bytes());
         record[36..40].copy_from_slice(&location.stored_len.to_le_bytes());
         record[40..44].copy_from_slice(&location.raw_len.to_le_bytes());
         record[48..56].copy_from_slice(&location.offset.to_le_bytes());
@@ -162,7 +167,14 @@ fn write_extents(pages: &mut [u8], image: &Image) {
     }
 }
 
-fn write_head(head: &mut [u8], pages: &[u8], image: &Image, packs: &BTreeMap<PackId, u32>, shape: &Shape) {
+fn write_head(
+    head: &mut [u8],
+    pages: &[u8],
+    image: &Image,
+    packs: &BTreeMap<PackId, u32>,
+    shape: &Shape,
+    version: u32,
+) {
     let mut directory = Vec::with_capacity(shape.directory_len);
     for pack in packs.keys() {
         directory.extend_from_slice(&pack.0.to_le_bytes());
@@ -180,7 +192,7 @@ fn write_head(head: &mut [u8], pages: &[u8], image: &Image, packs: &BTreeMap<Pac
     // The shape has checked that counts fit into 32 bits.
     let count = |len: usize| u32::try_from(len).unwrap_or(u32::MAX).to_le_bytes();
     head[..8].copy_from_slice(MAGIC);
-    head[8..12].copy_from_slice(&VERSION.to_le_bytes());
+    head[8..12].copy_from_slice(&version.to_le_bytes());
     head[12..16].copy_from_slice(&count(packs.len()));
     head[16..24].copy_from_slice(&image.size().to_le_bytes());
     head[24..28].copy_from_slice(&count(image.chunks().len()));

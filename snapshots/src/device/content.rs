@@ -2,8 +2,10 @@
 
 use std::fs::File;
 
+use super::source::PackLocation;
 use super::table::{OpenTable, extent_record};
 use super::{OpenError, TableError};
+use crate::chunk::ChunkId;
 
 /// Before everything else in the digest, so that it is none of anything else.
 const CONTEXT: &[u8] = b"flint device content 1\n";
@@ -46,4 +48,23 @@ pub(crate) fn content_name(table: File) -> Result<String, ContentError> {
         next = table.page_after(page);
     }
     Ok(format!("blake3:{}", hasher.finalize()))
+}
+
+/// The chunks of a device and where its table says that they are, packs by their numbers in the store.
+pub(crate) fn placed_chunks(table: File) -> Result<Vec<(ChunkId, PackLocation)>, ContentError> {
+    let table = OpenTable::open(table)?;
+    let mut placed = Vec::new();
+    for page in 0..table.chunk_pages() {
+        let bytes = table.read_page(page)?;
+        for chunk in table.chunks_on(page) {
+            let request = table.chunk_on(page, &bytes, chunk)?;
+            let mut location = request.location;
+            // An absent chunk is in no pack; of others the place in the list was checked.
+            if let Some(pack) = table.packs().get(location.pack.0 as usize).filter(|_| !location.is_absent()) {
+                location.pack = *pack;
+            }
+            placed.push((request.id, location));
+        }
+    }
+    Ok(placed)
 }

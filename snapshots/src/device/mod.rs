@@ -10,14 +10,17 @@
 //!   ChunkSource (packs) -> private buffer -> length and BLAKE3 checked -> cache
 //! ```
 //!
-//! Nothing reaches the reader that was not verified; damage is an error that names the chunk, never wrong bytes. Memory is
-//! bounded: the cache, the table's directory, and a decompressor for each of two lanes.
+//! Nothing reaches the reader that was not verified; damage is an error that names the chunk, never wrong bytes. A chunk that is
+//! damaged, or was not here when the table was written, can be told to the device when somebody has found it ([`FoundChunk`]); it is
+//! verified as any other. Memory is bounded: the cache, the table's directory, a decompressor for each of two lanes, and of chunks
+//! that were found where they are.
 
 #[cfg(feature = "store")]
 mod build;
 mod cache;
 #[cfg(feature = "store")]
 mod content;
+mod found;
 mod source;
 mod table;
 #[cfg(test)]
@@ -25,7 +28,8 @@ mod table;
 mod tests;
 
 use std::fs::File;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::io;
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 #[cfg(any(test, feature = "fuzzing"))]
 #[cfg(feature = "store")]
@@ -34,7 +38,9 @@ pub(crate) use build::seal;
 pub use build::{BuildError, Table};
 use cache::{Cache, Key};
 #[cfg(feature = "store")]
-pub(crate) use content::content_name;
+pub(crate) use content::{content_name, placed_chunks};
+pub use found::FoundChunk;
+use found::Found;
 pub use source::{ChunkRequest, ChunkSource, PackId, PackLocation, Packs, SourceError};
 #[cfg(feature = "store")]
 pub(crate) use table::{BLOCK_LEN, MAX_DEVICE_LEN};
@@ -98,12 +104,24 @@ pub enum ReadError {
     },
 }
 
+impl ReadError {
+    /// The chunk with which the bytes could be read, if only it was found somewhere.
+    pub fn missing_chunk(&self) -> Option<ChunkId> {
+        match self {
+            Self::Source { id, .. } | Self::Damaged { id, .. } => Some(*id),
+            Self::OutOfRange { .. } | Self::Table { .. } | Self::NoSuchChunk { .. } => None,
+        }
+    }
+}
+
 /// An image's block device. Reads may come from several threads.
 pub struct ImageDevice {
     table: OpenTable,
     source: Box<dyn ChunkSource>,
     cache: Mutex<Cache>,
     lanes: [Mutex<()>; LANES],
+    /// Made by the first chunk that is found: a device whose chunks are all where its table says pays nothing for it.
+    found: OnceLock<Mutex<Found>>,
 }
 
 impl ImageDevice {
@@ -137,6 +155,7 @@ impl ImageDevice {
             source,
             cache: Mutex::new(Cache::new(cache_len)),
             lanes: Default::default(),
+            found: OnceLock::new(),
         }
     }
 
@@ -248,22 +267,61 @@ impl ImageDevice {
             .chunk_on(page, &records, number)
             .map_err(|source| ReadError::Table { offset, source })?;
         let mut bytes = vec![0; request.location.raw_len as usize];
-        self.source
-            .read(&request, &mut bytes)
-            .map_err(|source| ReadError::Source { id: request.id, source })?;
-        let found = ChunkId::of(&bytes);
-        if found != request.id {
-            return Err(ReadError::Damaged { id: request.id, found });
+        if let Err(error) = self.read_verified(&request, &mut bytes) {
+            self.forget_found(request.id);
+            return Err(error);
         }
         let bytes = Arc::new(bytes);
         self.cache().insert(Key::Chunk(number), Arc::clone(&bytes));
         Ok(bytes)
     }
 
+    fn read_verified(&self, request: &ChunkRequest, bytes: &mut [u8]) -> Result<(), ReadError> {
+        let id = request.id;
+        let found = self.found.get().and_then(|found| lock(found).read(id, bytes));
+        let read = match found {
+            Some(read) => read,
+            None if request.location.is_absent() => Err(SourceError::Absent),
+            None => self.source.read(request, bytes),
+        };
+        read.map_err(|source| ReadError::Source { id, source })?;
+        match ChunkId::of(bytes) {
+            found if found == id => Ok(()),
+            found => Err(ReadError::Damaged { id, found }),
+        }
+    }
+
+    /// From now on chunk `id` is read from there. It is verified as any other: what is not the chunk is forgotten when it is read.
+    ///
+    /// # Errors
+    /// When zstd cannot allocate its context.
+    pub fn learn(&self, id: ChunkId, chunk: FoundChunk) -> io::Result<()> {
+        let found = match self.found.get() {
+            Some(found) => found,
+            None => {
+                let new = Mutex::new(Found::new()?);
+                self.found.get_or_init(|| new)
+            }
+        };
+        lock(found).insert(id, chunk);
+        Ok(())
+    }
+
+    fn forget_found(&self, id: ChunkId) {
+        if let Some(found) = self.found.get() {
+            lock(found).remove(id);
+        }
+    }
+
     /// A panic cannot leave the cache half-changed in a way that matters: at worst it holds less than it could.
     fn cache(&self) -> MutexGuard<'_, Cache> {
-        self.cache.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.cache)
     }
+}
+
+/// What lies under these locks is changed such that a panic does no harm.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// The packs that `table` names, in the order in which [`ImageDevice::open`] wants them.

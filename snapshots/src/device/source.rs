@@ -27,6 +27,23 @@ pub struct PackLocation {
     pub raw_len: u32,
 }
 
+impl PackLocation {
+    /// A chunk of so many bytes that is not on this host: nothing is stored of it.
+    pub const fn absent(raw_len: u32) -> Self {
+        Self {
+            pack: PackId(0),
+            offset: 0,
+            stored_len: 0,
+            raw_len,
+        }
+    }
+
+    /// Whether the chunk was not on this host when this was written.
+    pub const fn is_absent(&self) -> bool {
+        self.stored_len == 0
+    }
+}
+
 /// A chunk that a device needs, and what its table knows about it.
 #[derive(Debug, Clone, Copy)]
 pub struct ChunkRequest {
@@ -50,6 +67,9 @@ pub trait ChunkSource: Send + Sync {
 /// Why a source did not deliver a chunk.
 #[derive(Debug, thiserror::Error)]
 pub enum SourceError {
+    /// It was not on this host when the table was written.
+    #[error("it was not on this host when the device's table was written")]
+    Absent,
     /// The table names a pack that was not handed over.
     #[error("pack {0} of the device is not there")]
     NoSuchPack(u32),
@@ -98,9 +118,72 @@ pub struct Packs {
     lanes: [Mutex<Lane>; Packs::LANES],
 }
 
-struct Lane {
+/// What it takes to read chunks out of files, one at a time. It has no state that a panic could leave half-done: the buffer is
+/// overwritten, zstd starts each frame anew.
+pub(super) struct Lane {
     zstd: zstd::bulk::Decompressor<'static>,
     stored: Vec<u8>,
+}
+
+impl Lane {
+    pub(super) fn new() -> io::Result<Self> {
+        Ok(Self {
+            zstd: zstd::bulk::Decompressor::new()?,
+            stored: Vec::new(),
+        })
+    }
+
+    /// Fills `chunk` with what `location` says that `file` has.
+    pub(super) fn read(&mut self, file: &File, location: PackLocation, chunk: &mut [u8]) -> Result<(), SourceError> {
+        let PackLocation {
+            pack: PackId(pack),
+            offset,
+            stored_len,
+            raw_len,
+        } = location;
+        let read_error = |source| SourceError::Read {
+            pack,
+            offset,
+            len: stored_len,
+            source,
+        };
+        check_lengths(location, chunk.len())?;
+        if stored_len == raw_len {
+            return file.read_exact_at(chunk, offset).map_err(read_error);
+        }
+        self.stored.resize(stored_len as usize, 0);
+        file.read_exact_at(&mut self.stored, offset).map_err(read_error)?;
+        let decompress_error = |source| SourceError::Decompress {
+            pack,
+            offset,
+            len: stored_len,
+            source,
+        };
+        let unpacked = self
+            .zstd
+            .decompress_to_buffer(self.stored.as_slice(), chunk)
+            .map_err(decompress_error)?;
+        if unpacked != raw_len as usize {
+            let short = io::Error::new(
+                io::ErrorKind::InvalidData,
+                format!("{unpacked} bytes came out, not {raw_len}"),
+            );
+            return Err(decompress_error(short));
+        }
+        Ok(())
+    }
+}
+
+/// Whether a chunk of `len` bytes can be stored as `location` says.
+fn check_lengths(location: PackLocation, len: usize) -> Result<(), SourceError> {
+    let stored = location.stored_len as usize;
+    if len != location.raw_len as usize || len > MAX_CHUNK_LEN || stored > len || stored == 0 {
+        return Err(SourceError::Lengths {
+            raw: len as u64,
+            stored: location.stored_len.into(),
+        });
+    }
+    Ok(())
 }
 
 impl Packs {
@@ -111,12 +194,7 @@ impl Packs {
     /// # Errors
     /// When zstd cannot allocate its context.
     pub fn new(files: Vec<File>) -> io::Result<Self> {
-        let lane = || {
-            Ok::<_, io::Error>(Mutex::new(Lane {
-                zstd: zstd::bulk::Decompressor::new()?,
-                stored: Vec::new(),
-            }))
-        };
+        let lane = || Lane::new().map(Mutex::new);
         Ok(Self {
             files,
             lanes: [lane()?, lane()?],
@@ -126,51 +204,22 @@ impl Packs {
 
 impl ChunkSource for Packs {
     fn read(&self, request: &ChunkRequest, chunk: &mut [u8]) -> Result<(), SourceError> {
-        let PackLocation {
-            pack: PackId(pack),
-            offset,
-            stored_len,
-            raw_len,
-        } = request.location;
+        let location = request.location;
+        let PackId(pack) = location.pack;
         let file = self.files.get(pack as usize).ok_or(SourceError::NoSuchPack(pack))?;
-        let stored = stored_len as usize;
-        if chunk.len() != raw_len as usize || chunk.len() > MAX_CHUNK_LEN || stored > chunk.len() || stored == 0 {
-            return Err(SourceError::Lengths {
-                raw: chunk.len() as u64,
-                stored: stored_len.into(),
+        if location.stored_len == location.raw_len {
+            // Needs no lane.
+            check_lengths(location, chunk.len())?;
+            let read = file.read_exact_at(chunk, location.offset);
+            return read.map_err(|source| SourceError::Read {
+                pack,
+                offset: location.offset,
+                len: location.stored_len,
+                source,
             });
         }
-        let read_error = |source| SourceError::Read {
-            pack,
-            offset,
-            len: stored_len,
-            source,
-        };
-        if stored == chunk.len() {
-            return file.read_exact_at(chunk, offset).map_err(read_error);
-        }
         let lane = &self.lanes[usize::from(request.id.as_bytes()[0]) % Self::LANES];
-        // A lane has no state that a panic could leave half-done: the buffer is overwritten, zstd starts each frame anew.
         let mut lane = lane.lock().unwrap_or_else(PoisonError::into_inner);
-        let Lane { zstd, stored: buffer } = &mut *lane;
-        buffer.resize(stored, 0);
-        file.read_exact_at(buffer, offset).map_err(read_error)?;
-        let decompress_error = |source| SourceError::Decompress {
-            pack,
-            offset,
-            len: stored_len,
-            source,
-        };
-        let unpacked = zstd
-            .decompress_to_buffer(buffer.as_slice(), chunk)
-            .map_err(decompress_error)?;
-        if unpacked != raw_len as usize {
-            let short = io::Error::new(
-                io::ErrorKind::InvalidData,
-                format!("{unpacked} bytes came out, not {raw_len}"),
-            );
-            return Err(decompress_error(short));
-        }
-        Ok(())
+        lane.read(file, location, chunk)
     }
 }

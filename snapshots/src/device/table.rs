@@ -15,7 +15,8 @@
 //!        | zeros up to a multiple of 4096                               |
 //!   n*4K +--------------------------------------------------------------+
 //!        | 64 chunks: name 32, pack u32, stored length u32, length u32, |  pages of chunks; read when needed and
-//!        | 0 u32, offset in the pack u64, 0 u64                         |  checked against the directory
+//!        | 0 u32, offset in the pack u64, 0 u64                         |  checked against the directory; stored length 0
+//!        |                                                              |  in version 2: not on this host
 //!        +--------------------------------------------------------------+
 //!        | 170 extents: device offset u64, chunk u32, offset in the     |  pages of extents, by ascending device offset;
 //!        | chunk u32, length u32, 0 u32; then 16 bytes of zeros         |  what no extent covers reads as zeros
@@ -46,7 +47,10 @@ pub const MAX_PACKS: usize = 252;
 const MAX_PAGES: usize = 32 * 1024;
 
 pub(super) const MAGIC: &[u8; 8] = b"FLINTDEV";
-pub(super) const VERSION: u32 = 1;
+/// The version of tables of which some chunks are not on this host: a reader of version 1 cannot fetch them.
+pub(super) const VERSION: u32 = 2;
+/// The version of all others.
+pub(super) const VERSION_WHOLE: u32 = 1;
 pub(super) const HEADER_LEN: usize = 96;
 pub(super) const HASHED_HEADER_LEN: usize = 64;
 pub(super) const DIRECTORY_ENTRY_LEN: usize = 32;
@@ -86,7 +90,7 @@ pub enum OpenError {
     #[error("this file is not a device table")]
     NotATable,
     /// Written by another version of Flint.
-    #[error("the device table has version {0}, this program reads version {VERSION}: have flintd write it anew")]
+    #[error("the device table has version {0}, this program reads up to version {VERSION}: have flintd write it anew")]
     Version(u32),
     /// It is cut short, or its digest does not match.
     #[error("the device table is damaged: it is cut short or its digest does not match; have flintd write it anew")]
@@ -193,7 +197,7 @@ impl OpenTable {
             return Err(OpenError::NotATable);
         }
         let version = u32_at(&header, 8);
-        if version != VERSION {
+        if !(VERSION_WHOLE..=VERSION).contains(&version) {
             return Err(OpenError::Version(version));
         }
         let (pack_count, chunks, extents) = (
@@ -335,7 +339,8 @@ impl OpenTable {
             offset: u64_at(record, 48),
         };
         let lengths = 1..=MAX_CHUNK_LEN;
-        if !lengths.contains(&(location.raw_len as usize)) || location.pack.0 as usize >= self.packs.len() {
+        let nowhere = !location.is_absent() && location.pack.0 as usize >= self.packs.len();
+        if !lengths.contains(&(location.raw_len as usize)) || nowhere {
             return Err(TableError::Malformed {
                 page,
                 what: "a chunk has an impossible length or pack",

@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fs::{self, File};
 use std::io::Write;
 use std::path::{Path, PathBuf};
-use std::sync::{PoisonError, RwLock};
+use std::sync::{Mutex, PoisonError, RwLock};
 
 use redb::{ReadableTable, TableDefinition};
 
@@ -16,7 +16,7 @@ use super::accesses::Accesses;
 use super::{Image, ImageError};
 use crate::access::LayerAccess;
 use crate::chunk::ChunkId;
-use crate::device::{PackLocation, Table, content_name, packs_of};
+use crate::device::{PackLocation, Table, content_name, packs_of, placed_chunks};
 use crate::image::Image as DeviceImage;
 use crate::layer::LayerIndex;
 use crate::machines::shelf;
@@ -35,6 +35,8 @@ pub(crate) struct Catalog {
     accesses: Accesses,
     /// Held for reading while chunks' places are looked up and relied upon; for writing while a sweep may move them.
     places: RwLock<()>,
+    /// One writes tables at a time.
+    writing: Mutex<()>,
 }
 
 impl Catalog {
@@ -57,6 +59,7 @@ impl Catalog {
             tables,
             accesses,
             places: RwLock::new(()),
+            writing: Mutex::new(()),
         };
         let images = catalog.digests()?;
         catalog.delete_stray_tables(&images)?;
@@ -397,6 +400,7 @@ impl Catalog {
             self.table_path(digest),
             self.tables.join(format!("{}.new", digest.hex())),
         );
+        let _one = self.writing.lock().unwrap_or_else(PoisonError::into_inner);
         let written = write_synced(&aside, table.as_bytes()).and_then(|()| fs::rename(&aside, &path));
         if let Err(error) = written {
             // What is left of it only takes room, of which there may be none; opening the store would delete it, too.
@@ -406,36 +410,54 @@ impl Catalog {
         Ok(sync_dir(&self.tables)?)
     }
 
+    /// Whether the table says of each chunk what the index says.
     fn table_is_good(&self, digest: Digest) -> Result<bool, ImageError> {
-        let Ok(packs) = File::open(self.table_path(digest))
+        let Ok(placed) = File::open(self.table_path(digest))
             .map_err(drop)
-            .and_then(|file| packs_of(file).map_err(drop))
+            .and_then(|file| placed_chunks(file).map_err(drop))
         else {
             return Ok(false);
         };
+        let (ids, places): (Vec<_>, Vec<_>) = placed.into_iter().unzip();
         let known: HashSet<_> = self.chunks.index().packs()?.into_iter().map(|(pack, _)| pack).collect();
-        let ids = self.chunks.index().read("reading an image's chunks", |txn| {
-            let ids = txn
-                .open_table(IMAGE_CHUNKS)?
-                .get(digest.to_string().as_str())?
-                .map(|row| row.value().to_vec());
-            Ok(ids.unwrap_or_default())
-        })?;
-        let ids: Vec<_> = ids.as_chunks().0.iter().map(|id| ChunkId::from_bytes(*id)).collect();
-        Ok(packs.iter().all(|pack| known.contains(pack)) && self.chunks.locate(&ids).is_ok())
+        let there = places.iter().all(|place| known.contains(&place.pack));
+        // A chunk whose copy was damaged lies elsewhere by now, and its old pack may go.
+        Ok(there && self.chunks.locate(&ids).is_ok_and(|now| now == places))
     }
 
-    fn make_table_again(&self, digest: Digest) -> Result<(), ImageError> {
+    /// The diff ids of an image's layers, the lowest first.
+    pub(crate) fn layers_of(&self, digest: Digest) -> Result<Vec<Digest>, ImageError> {
+        Ok(self.known(digest)?.layers)
+    }
+
+    fn known(&self, digest: Digest) -> Result<Image, ImageError> {
+        self.by_digest(digest)?.ok_or_else(|| ImageError::NotHere {
+            image: digest.to_string(),
+        })
+    }
+
+    /// The device of an image, made of its layers again.
+    pub(crate) fn assemble(&self, digest: Digest) -> Result<DeviceImage, ImageError> {
         let not_here = || ImageError::NotHere {
             image: digest.to_string(),
         };
-        let image = self.by_digest(digest)?.ok_or_else(not_here)?;
+        let image = self.known(digest)?;
         let layers = image
             .layers
             .iter()
             .map(|diff_id| self.layer_record(*diff_id)?.ok_or_else(not_here));
         let layers: Vec<_> = layers.collect::<Result<_, _>>()?;
-        let device = super::ingest::assemble(&layers, &digest.to_string())?;
+        super::ingest::assemble(&layers, &digest.to_string())
+    }
+
+    /// Writes the image's table anew, for chunks that lie elsewhere by now.
+    pub(crate) fn renew_table(&self, digest: Digest) -> Result<(), ImageError> {
+        let _still = self.places.read().unwrap_or_else(PoisonError::into_inner);
+        self.make_table_again(digest)
+    }
+
+    fn make_table_again(&self, digest: Digest) -> Result<(), ImageError> {
+        let device = self.assemble(digest)?;
         let places = self.places_of(&device)?;
         self.write_table(digest, &device, &places)
     }

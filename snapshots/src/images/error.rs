@@ -218,3 +218,9 @@ pub(crate) fn registry_kind(error: &RegistryError) -> ErrorKind {
         RegistryError::NoPlatform { .. } | RegistryError::Unsupported { .. } => ErrorKind::Unsupported,
     }
 }
+
+/// An error with its causes, for the log.
+pub(crate) fn chain(error: &dyn std::error::Error) -> String {
+    let causes = std::iter::successors(Some(error), |error| error.source());
+    causes.map(ToString::to_string).collect::<Vec<_>>().join(": ")
+}

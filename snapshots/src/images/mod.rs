@@ -14,6 +14,7 @@
 
 mod accesses;
 mod catalog;
+mod demand;
 mod error;
 mod fetch;
 mod flight;
@@ -26,6 +27,7 @@ use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
+pub use demand::{DEFAULT_DEADLINE, Delivered, DemandError, DemandOptions};
 pub use error::{ErrorKind, ImageError, LayerError};
 pub(crate) use error::{registry_kind, store_kind};
 pub use flight::{Progress, Stage, Work};
@@ -33,6 +35,7 @@ pub use keep::InUse;
 pub use record::{Image, ImageConfig};
 
 use catalog::Catalog;
+use demand::Demand;
 use flight::{Flights, Key};
 use keep::Uses;
 use ranges::RegistryRanges;
@@ -49,6 +52,8 @@ pub struct ImageStoreOptions {
     pub store: StoreOptions,
     /// How registries are reached.
     pub registry: RegistryConfig,
+    /// How chunks that are missing are brought.
+    pub demand: DemandOptions,
 }
 
 /// When to ask the registry.
@@ -94,6 +99,7 @@ pub(crate) struct Inner {
     registry: Registry,
     flights: Flights,
     uses: Mutex<Uses>,
+    demand: Demand,
 }
 
 impl ImageStore {
@@ -111,6 +117,7 @@ impl ImageStore {
                 registry,
                 flights: Flights::default(),
                 uses: Mutex::default(),
+                demand: Demand::new(options.demand),
             };
             Ok(Self { inner: Arc::new(inner) })
         })
@@ -132,9 +139,14 @@ impl ImageStore {
                 return Ok(image);
             }
             let deadline = inner.registry.config().timeouts.deadline;
-            let work = fetch::pull(&inner, &reference, request.credentials, &progress);
+            let work = fetch::pull(&inner, &reference, request.credentials.clone(), &progress);
             let result = match tokio::time::timeout(deadline, work).await {
-                Ok(result) => result,
+                Ok(result) => {
+                    if result.is_ok() {
+                        inner.demand.remember(&reference, request.credentials.as_ref());
+                    }
+                    result
+                }
                 Err(_) => Err(ImageError::Deadline {
                     image: reference.to_string(),
                     after: deadline,
@@ -259,17 +271,7 @@ impl ImageStore {
         credentials: Option<Credentials>,
         access: Arc<LayerAccess>,
     ) -> Result<LayerSource, ImageError> {
-        let inner = Arc::clone(&self.inner);
-        let name: ImageReference = reference.parse()?;
-        let pull = Arc::new(blocking(move || Ok(inner.registry.pull(&name, credentials)?)).await?);
-        let layers = pull.resolve().await?.manifest.layers;
-        let is_it = |blob: &&Blob| blob.digest == access.blob && blob.size == access.blob_len;
-        let blob = layers.iter().find(is_it).ok_or_else(|| ImageError::NoSuchLayer {
-            image: reference.to_owned(),
-            layer: access.blob,
-        })?;
-        let blobs = RegistryRanges::all(&pull, *blob, &Handle::current());
-        Ok(LayerSource::new(access, blobs))
+        self.inner.layer_source(reference.parse()?, credentials, access).await
     }
 
     /// The chunk store below.
@@ -303,6 +305,24 @@ impl Inner {
     /// Gives back what neither an image nor a machine needs; returns how many bytes.
     pub(crate) fn sweep(&self) -> Result<u64, ImageError> {
         self.catalog.sweep(self.flights.any())
+    }
+
+    pub(crate) async fn layer_source(
+        self: &Arc<Self>,
+        name: ImageReference,
+        credentials: Option<Credentials>,
+        access: Arc<LayerAccess>,
+    ) -> Result<LayerSource, ImageError> {
+        let (inner, image) = (Arc::clone(self), name.to_string());
+        let pull = Arc::new(blocking(move || Ok(inner.registry.pull(&name, credentials)?)).await?);
+        let layers = pull.resolve().await?.manifest.layers;
+        let is_it = |blob: &&Blob| blob.digest == access.blob && blob.size == access.blob_len;
+        let blob = layers.iter().find(is_it).ok_or_else(|| ImageError::NoSuchLayer {
+            image,
+            layer: access.blob,
+        })?;
+        let blobs = RegistryRanges::all(&pull, *blob, &Handle::current());
+        Ok(LayerSource::new(access, blobs))
     }
 
     async fn get(self: &Arc<Self>, name: String) -> Result<Option<Image>, ImageError> {

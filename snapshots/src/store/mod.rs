@@ -47,7 +47,7 @@ pub(crate) mod space;
 use std::collections::{BTreeMap, HashMap};
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, Weak};
 
 pub use collect::Collected;
@@ -60,7 +60,7 @@ use session::Pins;
 pub use session::{Session, Sink};
 
 use crate::chunk::{ChunkId, MAX_CHUNK_LEN};
-use crate::device::{PackId, PackLocation};
+use crate::device::{FoundChunk, PackId, PackLocation};
 
 /// How a store is kept.
 #[derive(Debug, Clone)]
@@ -259,6 +259,46 @@ impl ChunkStore {
             return Ok(location);
         }
         inner.append_locked(&mut writer, id, raw_len, stored, inner.options.reserve_bytes)
+    }
+
+    /// Puts `stored` under `id` unless a copy is there that can be read. The caller holds the gate.
+    fn append_unless_good(&self, id: ChunkId, raw_len: u32, stored: &[u8]) -> Result<PackLocation, StoreError> {
+        let inner = &*self.inner;
+        let mut writer = inner.writer();
+        let known = match writer.fresh.get(&id) {
+            Some(location) => Some(*location),
+            None => inner.index.locate(id)?,
+        };
+        if let Some(location) = known {
+            if self.pack(location.pack).is_some_and(|pack| pack.read(id, location).is_ok()) {
+                return Ok(location);
+            }
+            tracing::warn!(chunk = %id, pack = location.pack.0, "a damaged chunk is replaced");
+            // Tables that name the old place are made again before its pack can go.
+            inner.moved.store(true, Ordering::Relaxed);
+        }
+        inner.append_locked(&mut writer, id, raw_len, stored, inner.options.reserve_bytes)
+    }
+
+    /// Chunk `id` where it lies, with the pack opened for reading, if the store has it and it is what its name says. It need not
+    /// be committed yet: after a crash its place may have something else, which its name tells.
+    ///
+    /// # Errors
+    /// When the index cannot be read.
+    pub fn find_good(&self, id: ChunkId) -> Result<Option<FoundChunk>, StoreError> {
+        let Some(location) = self.find(id)? else {
+            return Ok(None);
+        };
+        let Some(pack) = self.pack(location.pack) else {
+            return Ok(None);
+        };
+        if let Err(error) = pack.read(id, location) {
+            tracing::warn!(%error, "a chunk of the store cannot be read");
+            return Ok(None);
+        }
+        // A sweep may have taken it just now.
+        let file = self.open_pack(location.pack).ok();
+        Ok(file.map(|file| FoundChunk { file, location }))
     }
 
     /// Makes all chunks put so far durable and known.

@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use super::{ChunkStore, StoreError, check_len};
 use crate::chunk::{Chunk, ChunkId, ChunkSink, SinkError};
+use crate::device::PackLocation;
 
 /// Chunks that a sweep must leave alone, though nothing refers to them yet.
 #[derive(Debug, Default)]
@@ -108,12 +109,31 @@ impl Sink {
     /// # Errors
     /// [`StoreError::DiskFull`] and other failures to write.
     pub fn put(&mut self, data: &[u8]) -> Result<ChunkId, StoreError> {
+        self.put_unless(data, ChunkStore::contains, ChunkStore::append)
+    }
+
+    /// Puts a chunk and returns its name. A copy that the store has is read first: from one that is damaged the store's index
+    /// turns away, and its bytes are dead until a sweep takes them.
+    ///
+    /// # Errors
+    /// As [`Self::put`].
+    pub fn mend(&mut self, data: &[u8]) -> Result<ChunkId, StoreError> {
+        let is_good = |store: &ChunkStore, id| Ok(store.get(id).is_ok());
+        self.put_unless(data, is_good, ChunkStore::append_unless_good)
+    }
+
+    fn put_unless(
+        &mut self,
+        data: &[u8],
+        has: impl FnOnce(&ChunkStore, ChunkId) -> Result<bool, StoreError>,
+        append: impl FnOnce(&ChunkStore, ChunkId, u32, &[u8]) -> Result<PackLocation, StoreError>,
+    ) -> Result<ChunkId, StoreError> {
         let raw_len = check_len(data)?;
         let id = ChunkId::of(data);
         {
             let _open = self.store.inner.gate.read().unwrap_or_else(PoisonError::into_inner);
             self.pins.add([id]);
-            if self.store.contains(id)? {
+            if has(&self.store, id)? {
                 return Ok(id);
             }
         }
@@ -125,7 +145,7 @@ impl Sink {
         let stored = if packed.len() < data.len() { &packed[..] } else { data };
         {
             let _open = self.store.inner.gate.read().unwrap_or_else(PoisonError::into_inner);
-            self.store.append(id, raw_len, stored)?;
+            append(&self.store, id, raw_len, stored)?;
         }
         self.store.commit_if_much()?;
         Ok(id)

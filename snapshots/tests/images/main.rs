@@ -25,7 +25,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use flint_snapshots::device::ImageDevice;
-use flint_snapshots::images::{DeviceFiles, Image, ImageError, ImageStore, ImageStoreOptions, PullPolicy, PullRequest};
+use flint_snapshots::images::{DemandOptions, DeviceFiles, Image, ImageError, ImageStore, ImageStoreOptions, PullPolicy, PullRequest};
 use flint_snapshots::registry::{Credentials, RegistryConfig, Retries, Timeouts};
 use flint_snapshots::store::StoreOptions;
 
@@ -54,6 +54,9 @@ pub fn options(dir: &Path) -> ImageStoreOptions {
                 ..Timeouts::default()
             },
             ..RegistryConfig::default()
+        },
+        demand: DemandOptions {
+            deadline: Duration::from_secs(20),
         },
     }
 }

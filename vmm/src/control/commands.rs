@@ -3,15 +3,15 @@
 use std::error::Error as StdError;
 use std::fmt::Write;
 use std::fs::File;
-use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixListener;
+use std::time::Duration;
 
 use flint_api::vmm::error::Code;
 use flint_api::vmm::request::Command;
 use flint_api::vmm::state::Phase as WirePhase;
 use flint_api::vmm::{
-    self, BindDisk, BindNet, Claim, ClaimDisk, CreateMachine, LoadKernel, LoadSnapshot, MemoryState, SaveSnapshot,
+    self, BindDisk, BindNet, ChunkServer, Claim, ClaimDisk, CreateMachine, LoadKernel, LoadSnapshot, MemoryState, SaveSnapshot,
     bind_disk,
 };
 use flint_snapshots::device::ImageDevice;
@@ -27,7 +27,7 @@ use crate::memory::mapped::MAX_BASES;
 use crate::memory::paged::{self, nonblocking};
 use crate::vcpu::cpuid;
 use crate::virtio::DeviceError;
-use crate::virtio::block::{BlockResource, ImageSource};
+use crate::virtio::block::{BlockResource, Chunks};
 use crate::virtio::net::{NetResource, Tap};
 use crate::virtio::rate_limit::RateLimit;
 
@@ -154,6 +154,9 @@ impl Phase {
             Command::CreateMachine(message) => self.create(message),
             Command::LoadKernel(message) => self.load_kernel(&message, fds),
             Command::BindDisk(message) => self.bind(|machine| bind_disk(machine, &message, fds)),
+            Command::ServeChunks(message) => {
+                self.bind(|machine| fds.only(|fd| Ok(machine.serve_chunks(message.slot, fd)?)))
+            }
             Command::BindNet(message) => self.bind(|machine| fds.only(|fd| bind_net(machine, &message, fd))),
             Command::BindVsock(_) => self.bind(|machine| fds.only(|fd| bind_vsock(machine, fd))),
             Command::BindSerial(_) => self.bind(|machine| fds.only(|fd| Ok(machine.bind_serial(fd)?))),
@@ -496,9 +499,13 @@ impl Fds {
             Command::LoadKernel(message) if message.has_initrd => ("LoadKernel with initrd", 2, 2),
             Command::LoadKernel(_) => ("LoadKernel without initrd", 1, 1),
             Command::BindDisk(message) => match message.source {
+                Some(bind_disk::Source::Image(image)) if image.chunks.is_some() => {
+                    ("BindDisk of an image with a chunk server", 2, vmm::MAX_FDS)
+                }
                 Some(bind_disk::Source::Image(_)) => ("BindDisk of an image", 1, vmm::MAX_FDS),
                 _ => ("BindDisk of a file", 1, 1),
             },
+            Command::ServeChunks(_) => ("ServeChunks", 1, 1),
             Command::BindNet(_) => ("BindNet", 1, 1),
             Command::BindVsock(_) => ("BindVsock", 1, 1),
             Command::BindSerial(_) => ("BindSerial", 1, 1),
@@ -533,11 +540,20 @@ impl Fds {
         Self(std::mem::replace(&mut self.0, rest))
     }
 
-    fn only(self, take: impl FnOnce(OwnedFd) -> Result<(), Failure>) -> Result<(), Failure> {
-        match self.0.into_iter().next() {
-            Some(fd) => take(fd),
-            None => Err(Failure::invalid("a file descriptor is missing")),
+    fn only(mut self, take: impl FnOnce(OwnedFd) -> Result<(), Failure>) -> Result<(), Failure> {
+        take(self.first()?)
+    }
+
+    /// Takes the first one out.
+    fn first(&mut self) -> Result<OwnedFd, Failure> {
+        if self.0.is_empty() {
+            return Err(Self::missing());
         }
+        Ok(self.0.remove(0))
+    }
+
+    fn missing() -> Failure {
+        Failure::invalid("a file descriptor is missing")
     }
 }
 
@@ -571,22 +587,40 @@ fn bind_all(machine: &Machine, message: &Claim, mut fds: Fds) -> Result<(), Fail
     Ok(())
 }
 
-fn bind_disk(machine: &Machine, message: &BindDisk, fds: Fds) -> Result<(), Failure> {
+fn bind_disk(machine: &Machine, message: &BindDisk, mut fds: Fds) -> Result<(), Failure> {
     let limit = message.rate_limit.map(rate_limit).unwrap_or_default();
-    let mut files = fds.0.into_iter().map(File::from);
-    let (Some(source), Some(first)) = (&message.source, files.next()) else {
-        return Err(Failure::invalid("BindDisk names no source"));
-    };
-    let disk = match source {
-        bind_disk::Source::RawFile(raw) => BlockResource::raw_file_by(machine.take_ring(), first, raw.direct, limit),
-        bind_disk::Source::Image(_) => {
-            let image =
-                ImageDevice::open(first, files.collect()).map_err(|error| Failure::of(Code::Resource, &error))?;
-            BlockResource::image(Box::new(Image(image)), limit)
+    let disk = match &message.source {
+        None => return Err(Failure::invalid("BindDisk names no source")),
+        Some(bind_disk::Source::RawFile(raw)) => {
+            let file = File::from(fds.first()?);
+            BlockResource::raw_file_by(machine.take_ring(), file, raw.direct, limit)
+        }
+        Some(bind_disk::Source::Image(image)) => {
+            let chunks = image.chunks.as_ref().map(|server| chunk_server(server, &mut fds));
+            let table = File::from(fds.first()?);
+            let packs = fds.0.into_iter().map(File::from).collect();
+            let device = ImageDevice::open(table, packs).map_err(|error| Failure::of(Code::Resource, &error))?;
+            BlockResource::image(Box::new(device), chunks.transpose()?, limit)
         }
     };
     let disk = disk.map_err(|error| Failure::of(Code::Resource, &error))?;
     Ok(machine.bind_disk(message.slot, disk)?)
+}
+
+/// The longest that a read may wait: a day.
+const MAX_CHUNK_DEADLINE_MS: u32 = 86_400_000;
+
+/// Its socket is the last descriptor.
+fn chunk_server(server: &ChunkServer, fds: &mut Fds) -> Result<Chunks, Failure> {
+    let deadline = server.deadline_ms;
+    if !(1..=MAX_CHUNK_DEADLINE_MS).contains(&deadline) {
+        return Err(Failure::invalid(format!(
+            "chunks.deadline_ms is {deadline}: must be 1 to {MAX_CHUNK_DEADLINE_MS}"
+        )));
+    }
+    let socket = fds.0.pop().ok_or_else(Fds::missing)?;
+    let chunks = Chunks::new(socket, Duration::from_millis(deadline.into()));
+    chunks.map_err(|error| Failure::of(Code::Resource, &error))
 }
 
 fn bind_net(machine: &Machine, message: &BindNet, fd: OwnedFd) -> Result<(), Failure> {
@@ -617,19 +651,6 @@ fn bind_vsock(machine: &Machine, fd: OwnedFd) -> Result<(), Failure> {
         });
     }
     Ok(machine.bind_vsock(UnixListener::from(fd))?)
-}
-
-/// An image from the chunk store as a disk's contents.
-struct Image(ImageDevice);
-
-impl ImageSource for Image {
-    fn size(&self) -> u64 {
-        self.0.size()
-    }
-
-    fn read_at(&mut self, offset: u64, data: &mut [u8]) -> io::Result<()> {
-        self.0.read_at(offset, data).map_err(io::Error::other)
-    }
 }
 
 fn rate_limit(limit: vmm::RateLimit) -> RateLimit {

@@ -130,6 +130,8 @@ const LOADING: &[c_long] = &[
 const BLOCK: &[c_long] = &[
     libc::SYS_io_uring_enter,
     libc::SYS_pread64, // packs of an image
+    libc::SYS_recvmsg, // the chunk server, on a socket that is there already
+    libc::SYS_sendmsg,
     libc::SYS_timerfd_settime,
 ];
 const NET: &[c_long] = &[libc::SYS_timerfd_settime];

@@ -129,6 +129,14 @@ impl<D: Device> Slot<D> {
         self.handle.bind(resource)
     }
 
+    /// Does something to the device.
+    ///
+    /// # Errors
+    /// As that says; the device is gone.
+    pub(crate) fn with<T>(&self, act: impl FnOnce(&mut D) -> Result<T, DeviceError>) -> Result<T, DeviceError> {
+        self.handle.with(act)
+    }
+
     /// The device's own state; it must be paused.
     ///
     /// # Errors

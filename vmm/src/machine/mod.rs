@@ -310,6 +310,16 @@ impl Machine {
         bind("disk", &self.disks, slot, disk)
     }
 
+    /// Gives the image behind a slot another connection to its chunk server.
+    ///
+    /// # Errors
+    /// There is no such slot, or no such image behind it.
+    pub fn serve_chunks(&self, slot: u32, server: OwnedFd) -> Result<(), Error> {
+        let disk = slot_of("disk", &self.disks, slot)?;
+        disk.with(|disk| disk.serve_chunks(server))
+            .map_err(|source| named(disk, source))
+    }
+
     /// Puts a tap behind a slot.
     ///
     /// # Errors
@@ -440,13 +450,15 @@ fn named(device: &dyn AnyDevice, source: DeviceError) -> Error {
 }
 
 fn bind<D: Device>(kind: &'static str, slots: &[Slot<D>], slot: u32, resource: D::Resource) -> Result<(), Error> {
-    let found = usize::try_from(slot).ok().and_then(|index| slots.get(index));
-    let Some(device) = found else {
-        return Err(Error::NoSlot {
-            kind,
-            slot,
-            count: slots.len(),
-        });
-    };
+    let device = slot_of(kind, slots, slot)?;
     device.bind(resource).map_err(|source| named(device, source))
+}
+
+fn slot_of<'a, D: Device>(kind: &'static str, slots: &'a [Slot<D>], slot: u32) -> Result<&'a Slot<D>, Error> {
+    let found = usize::try_from(slot).ok().and_then(|index| slots.get(index));
+    found.ok_or(Error::NoSlot {
+        kind,
+        slot,
+        count: slots.len(),
+    })
 }

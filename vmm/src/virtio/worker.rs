@@ -158,6 +158,14 @@ impl<D: Device> DeviceHandle<D> {
         open(&self.desk)?.device.bind(resource)
     }
 
+    /// Does something to the device, beside its thread.
+    ///
+    /// # Errors
+    /// As that says; when the device's thread has ended.
+    pub(crate) fn with<T>(&self, act: impl FnOnce(&mut D) -> Result<T, DeviceError>) -> Result<T, DeviceError> {
+        act(&mut open(&self.desk)?.device)
+    }
+
     /// Waits for what is in flight, then leaves guest memory and the outside world alone until [`Self::resume`].
     ///
     /// # Errors

@@ -5,8 +5,10 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileTypeExt;
 
-use flint_snapshots::device::ImageDevice;
+use flint_snapshots::chunk::ChunkId;
+use flint_snapshots::device::{FoundChunk, ImageDevice, ReadError};
 
+use super::chunks::Chunks;
 use super::engine::{Engine, Ring};
 use super::request::SECTOR_BYTES;
 use crate::virtio::device::DeviceError;
@@ -21,7 +23,33 @@ pub trait ImageSource: Send {
     ///
     /// # Errors
     /// When the contents cannot be had, or are not what they should be.
-    fn read_at(&mut self, offset: u64, data: &mut [u8]) -> io::Result<()>;
+    fn read_at(&mut self, offset: u64, data: &mut [u8]) -> Result<(), ImageReadError>;
+
+    /// Reads chunk `id` from there from now on.
+    ///
+    /// # Errors
+    /// When there is no memory for that.
+    fn learn(&mut self, id: ChunkId, chunk: FoundChunk) -> io::Result<()>;
+}
+
+/// Why an image could not be read.
+#[derive(Debug, thiserror::Error)]
+pub enum ImageReadError {
+    /// A chunk is not there, or damaged: it may be had from elsewhere.
+    #[error("chunk {0} is missing")]
+    Missing(ChunkId),
+    /// Nothing helps.
+    #[error("reading an image")]
+    Failed(#[source] io::Error),
+}
+
+impl From<ReadError> for ImageReadError {
+    fn from(error: ReadError) -> Self {
+        match error.missing_chunk() {
+            Some(id) => Self::Missing(id),
+            None => Self::Failed(io::Error::other(error)),
+        }
+    }
 }
 
 impl ImageSource for ImageDevice {
@@ -29,8 +57,12 @@ impl ImageSource for ImageDevice {
         Self::size(self)
     }
 
-    fn read_at(&mut self, offset: u64, data: &mut [u8]) -> io::Result<()> {
-        Self::read_at(self, offset, data).map_err(io::Error::other)
+    fn read_at(&mut self, offset: u64, data: &mut [u8]) -> Result<(), ImageReadError> {
+        Ok(Self::read_at(self, offset, data)?)
+    }
+
+    fn learn(&mut self, id: ChunkId, chunk: FoundChunk) -> io::Result<()> {
+        Self::learn(self, id, chunk)
     }
 }
 
@@ -40,6 +72,8 @@ pub(super) enum Backend {
     Image {
         source: Box<dyn ImageSource>,
         bounce: Vec<u8>,
+        /// Who has what it lacks; absent: nobody.
+        chunks: Option<Chunks>,
     },
 }
 
@@ -92,17 +126,18 @@ impl BlockResource {
         Self::new(Backend::Raw(Box::new(engine)), size, read_only, limit)
     }
 
-    /// An image: any [`ImageSource`], as [`ImageDevice::open`] makes one of a device table and its packs.
+    /// An image: any [`ImageSource`], as [`ImageDevice::open`] makes one of a device table and its packs. `chunks` has what it lacks.
     ///
     /// # Errors
     /// When the process is out of file descriptors.
-    pub fn image(source: Box<dyn ImageSource>, limit: RateLimit) -> Result<Self, DeviceError> {
+    pub fn image(source: Box<dyn ImageSource>, chunks: Option<Chunks>, limit: RateLimit) -> Result<Self, DeviceError> {
         // A last sector that is not whole cannot be seen through a block device.
         let size = source.size() / SECTOR_BYTES * SECTOR_BYTES;
         Self::new(
             Backend::Image {
                 source,
                 bounce: Vec::new(),
+                chunks,
             },
             size,
             true,

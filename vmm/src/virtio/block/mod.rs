@@ -3,20 +3,24 @@
 //! - [`request`]: a request's life as types.
 //! - [`engine`]: raw files by io_uring.
 //! - [`backend`]: what can be bound.
+//! - [`chunks`]: who has the chunks that an image lacks.
 //!
 //! An unbound slot has capacity 0. Binding changes the capacity, which a running driver learns by a configuration change
 //! interrupt.
 //!
 //! System calls of the thread, beside those of every device thread: `io_uring_enter`, `timerfd_settime`, and for images
-//! `pread64`.
+//! `pread64`, and `sendmsg` and `recvmsg` where a chunk is missing.
 
 mod backend;
+#[cfg(test)]
+mod chunk_tests;
+mod chunks;
 mod engine;
 mod request;
 #[cfg(test)]
 mod tests;
 
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::Arc;
 
 use virtio_bindings::virtio_blk as blk;
@@ -24,7 +28,9 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 use vmm_sys_util::epoll::EventSet;
 
 use self::backend::Backend;
-pub use self::backend::{BlockResource, ImageSource};
+pub use self::backend::{BlockResource, ImageReadError, ImageSource};
+pub use self::chunks::Chunks;
+use self::chunks::Miss;
 pub use self::engine::Ring;
 use self::engine::{Engine, Submitted};
 use self::request::{Disk, Finished, MAX_RANGE_SECTORS, Operation, Parsed, Pending, SECTOR_BYTES, Status};
@@ -46,6 +52,8 @@ const BOUNCE_BYTES: usize = 128 << 10;
 
 const TOKEN_RING: u64 = DEVICE_TOKENS;
 const TOKEN_LIMITER: u64 = DEVICE_TOKENS + 1;
+const TOKEN_CHUNKS: u64 = DEVICE_TOKENS + 2;
+const TOKEN_CHUNK_TIMER: u64 = DEVICE_TOKENS + 3;
 
 /// What a slot is before anything is bound to it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -162,6 +170,53 @@ impl Block {
             Some(Backend::Image { .. }) | None => None,
         }
     }
+
+    /// Who has the chunks that the image lacks, and the image.
+    fn chunks(&mut self) -> Option<(&mut Chunks, &mut dyn ImageSource)> {
+        match self.bound.as_mut().map(|bound| &mut bound.backend) {
+            Some(Backend::Image {
+                source,
+                chunks: Some(chunks),
+                ..
+            }) => Some((chunks, source.as_mut())),
+            _ => None,
+        }
+    }
+
+    fn hear_of_chunks(&mut self) {
+        let core = self.core.clone();
+        if let Some((chunks, source)) = self.chunks() {
+            chunks.receive(source, &core.counters);
+        }
+    }
+
+    fn forget_chunks(&mut self) {
+        if let Some((chunks, _)) = self.chunks() {
+            chunks.forget();
+        }
+    }
+
+    /// Takes another connection to the chunk server.
+    ///
+    /// # Errors
+    /// When no image is bound that has one, or the descriptor is no socket.
+    pub(crate) fn serve_chunks(&mut self, server: OwnedFd) -> Result<(), DeviceError> {
+        let core = self.core.clone();
+        let none = || DeviceError::Refused("no image with a chunk server is bound to the slot".to_owned());
+        let (chunks, _) = self.chunks().ok_or_else(none)?;
+        let taken = chunks.replace(server, &core.counters);
+        taken.map_err(DeviceError::host("take the chunk server's socket"))?;
+        watch_chunks(&core, chunks)
+    }
+}
+
+/// By its edges: a device that is paused leaves packets where they are.
+fn watch_chunks(core: &Core, chunks: &Chunks) -> Result<(), DeviceError> {
+    let Some(server) = chunks.server() else {
+        return Ok(());
+    };
+    core.watch(server, EventSet::IN | EventSet::EDGE_TRIGGERED, TOKEN_CHUNKS)
+        .map_err(DeviceError::host("watch the chunk server's socket"))
 }
 
 // ---- process
@@ -289,8 +344,12 @@ impl Work<'_> {
             // Nothing is bound, so nothing can be lost: a flush is done. All else failed at the bounds.
             return self.finish(pending, Status::Ok);
         };
-        if matches!(&bound.backend, Backend::Raw(engine) if !engine.has_room()) {
-            return Ok(Taken::Later);
+        match &bound.backend {
+            Backend::Raw(engine) if !engine.has_room() => return Ok(Taken::Later),
+            Backend::Image {
+                chunks: Some(chunks), ..
+            } if chunks.is_waiting() => return Ok(Taken::Later),
+            _ => {}
         }
         if !bound
             .limiter
@@ -305,12 +364,27 @@ impl Work<'_> {
                 Submitted::Yes => Ok(Taken::InFlight),
                 Submitted::Full => Ok(Taken::Later),
             },
-            Backend::Image { source, bounce } => {
-                let status = match &operation {
+            Backend::Image { source, bounce, chunks } => {
+                let read = match &operation {
                     Operation::Read { offset, buffer } => {
                         read_image(source.as_mut(), bounce, *offset, buffer, self.memory)?
                     }
-                    _ => Status::Ok,
+                    _ => Ok(()),
+                };
+                let status = match (read, chunks) {
+                    (Ok(()), None) => Status::Ok,
+                    (Ok(()), Some(chunks)) => {
+                        chunks.hit();
+                        Status::Ok
+                    }
+                    (Err(ImageReadError::Missing(id)), Some(chunks)) => {
+                        let miss = chunks.miss(id, &self.core.counters);
+                        match miss.map_err(DeviceError::host("set the timer for a chunk"))? {
+                            Miss::Wait => return Ok(Taken::Later),
+                            Miss::Fail => Status::IoError,
+                        }
+                    }
+                    (Err(_), _) => Status::IoError,
                 };
                 if status != Status::Ok {
                     self.core.counters.bump("image_read_failed");
@@ -342,7 +416,7 @@ fn read_image(
     offset: u64,
     buffer: &GuestBuffer,
     memory: &GuestMemory,
-) -> Result<Status, DeviceError> {
+) -> Result<Result<(), ImageReadError>, DeviceError> {
     let mut done = 0;
     while done < buffer.len() {
         let piece = usize::try_from(buffer.len() - done)
@@ -352,13 +426,13 @@ fn read_image(
             bounce.resize(piece, 0);
         }
         // The whole of the request was found to lie on the disk.
-        if source.read_at(offset + done, &mut bounce[..piece]).is_err() {
-            return Ok(Status::IoError);
+        if let Err(error) = source.read_at(offset + done, &mut bounce[..piece]) {
+            return Ok(Err(error));
         }
         buffer.write_at(memory, done, &bounce[..piece])?;
         done += piece as u64;
     }
-    Ok(Status::Ok)
+    Ok(Ok(()))
 }
 
 impl Device for Block {
@@ -399,6 +473,13 @@ impl Device for Block {
                     bound.limiter.acknowledge();
                 }
             }
+            TOKEN_CHUNKS => self.hear_of_chunks(),
+            TOKEN_CHUNK_TIMER => {
+                let core = self.core.clone();
+                if let Some((chunks, _)) = self.chunks() {
+                    chunks.expire(&core.counters);
+                }
+            }
             _ => return Ok(()),
         }
         // There may be room now for what was held back.
@@ -419,8 +500,15 @@ impl Device for Block {
                 .watch(fd, EventSet::IN, token)
                 .map_err(DeviceError::host("watch the disk"))
         };
-        if let Backend::Raw(engine) = &resource.backend {
-            watch(engine.as_raw_fd(), TOKEN_RING)?;
+        match &resource.backend {
+            Backend::Raw(engine) => watch(engine.as_raw_fd(), TOKEN_RING)?,
+            Backend::Image {
+                chunks: Some(chunks), ..
+            } => {
+                watch_chunks(&self.core, chunks)?;
+                watch(chunks.timer(), TOKEN_CHUNK_TIMER)?;
+            }
+            Backend::Image { chunks: None, .. } => {}
         }
         if let Some(timer) = resource.limiter.timer() {
             watch(timer, TOKEN_LIMITER)?;
@@ -433,6 +521,8 @@ impl Device for Block {
 
     fn quiesce(&mut self) -> Result<(), DeviceError> {
         self.complete(true)?;
+        // Who waits for a chunk is in the ring.
+        self.forget_chunks();
         if let Some(bound) = &mut self.bound {
             bound.limiter.acknowledge();
         }
@@ -440,6 +530,8 @@ impl Device for Block {
     }
 
     fn resume(&mut self) -> Result<(), DeviceError> {
+        // What came meanwhile would be told by no further edge.
+        self.hear_of_chunks();
         self.process_all()
     }
 
@@ -458,6 +550,7 @@ impl Device for Block {
         if let Some(bound) = &mut self.bound {
             bound.limiter.acknowledge();
         }
+        self.forget_chunks();
         self.guest = None;
     }
 

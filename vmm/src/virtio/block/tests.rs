@@ -3,6 +3,8 @@
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 
+use flint_snapshots::chunk::ChunkId;
+use flint_snapshots::device::FoundChunk;
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 
@@ -398,11 +400,15 @@ impl ImageSource for FakeImage {
         (1 << 20) + 17
     }
 
-    fn read_at(&mut self, offset: u64, data: &mut [u8]) -> std::io::Result<()> {
+    fn read_at(&mut self, offset: u64, data: &mut [u8]) -> Result<(), ImageReadError> {
         if offset >= 512 << 10 {
-            return Err(std::io::Error::other("chunk does not match its digest"));
+            return Err(ImageReadError::Failed(std::io::Error::other("the table is damaged")));
         }
         data.fill(u8::try_from(offset >> 12 & 0xff).unwrap());
+        Ok(())
+    }
+
+    fn learn(&mut self, _: ChunkId, _: FoundChunk) -> std::io::Result<()> {
         Ok(())
     }
 }
@@ -413,7 +419,7 @@ fn an_image_is_read_through_and_its_failures_are_io_errors() {
     let queue = TestQueue::new(&memory, 0x1000, QUEUE_SIZE);
     let mut device = Block::new(slot(true)).unwrap();
     device
-        .bind(BlockResource::image(Box::new(FakeImage), RateLimit::default()).unwrap())
+        .bind(BlockResource::image(Box::new(FakeImage), None, RateLimit::default()).unwrap())
         .unwrap();
     device
         .activate(activation(&memory, slot(true).features(), &[&queue]))
@@ -437,7 +443,7 @@ fn an_image_is_read_through_and_its_failures_are_io_errors() {
 #[test]
 fn a_read_only_disk_does_not_go_behind_a_writable_slot() {
     let mut device = Block::new(slot(false)).unwrap();
-    let image = BlockResource::image(Box::new(FakeImage), RateLimit::default()).unwrap();
+    let image = BlockResource::image(Box::new(FakeImage), None, RateLimit::default()).unwrap();
     assert!(matches!(device.bind(image), Err(DeviceError::Refused(_))));
 }
 
