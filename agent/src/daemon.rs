@@ -13,7 +13,7 @@ use std::{
 
 use clap::{Args, ValueEnum};
 use flint_api::{host::HostInfo, vmm};
-use flint_snapshots::images::{ImageStore, ImageStoreOptions};
+use flint_snapshots::images::{DemandOptions, ImageStore, ImageStoreOptions};
 use nix::fcntl::{Flock, FlockArg};
 use thiserror::Error;
 use tokio::{
@@ -42,7 +42,7 @@ use crate::{
     },
     runtime::{MicroVms, StoreImages},
     sandbox::{
-        Config, Manager, SandboxError,
+        ChunkServer, Config, Manager, SandboxError,
         pool::{self, PoolMetrics},
     },
     saved::{SavedError, SavedPods},
@@ -181,6 +181,10 @@ pub struct Options {
     /// Most snapshots at a time.
     #[arg(long, env = "FLINT_MAX_SNAPSHOTS", default_value_t = 64, value_name = "COUNT")]
     pub max_snapshots: usize,
+    /// How long a guest's read waits for a part of its image that is damaged or missing on this host while the registry is asked for
+    /// it; then it is an I/O error in the guest, and the next read of it waits anew. In seconds.
+    #[arg(long, env = "FLINT_CHUNK_DEADLINE", default_value_t = 120, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..=86_400))]
+    pub chunk_deadline: u64,
     /// Addresses of pods; the first one is the host's own.
     #[arg(long, env = "FLINT_POD_RANGE", default_value_t = network::Range::DEFAULT, value_name = "CIDR")]
     pub pod_range: network::Range,
@@ -269,7 +273,12 @@ pub async fn run(options: Options) -> Result<JoinHandle<()>, DaemonError> {
     let _lock = lock(&options.state_dir)?;
     let store = Store::open(&options.state_dir.join("state.redb"))?;
     let loaded = store.load()?;
-    let images = ImageStore::open(&options.state_dir.join("images"), ImageStoreOptions::default()).await;
+    let deadline = Duration::from_secs(options.chunk_deadline);
+    let store_options = ImageStoreOptions {
+        demand: DemandOptions { deadline },
+        ..ImageStoreOptions::default()
+    };
+    let images = ImageStore::open(&options.state_dir.join("images"), store_options).await;
     let images = images.map_err(|error| DaemonError::Images(Box::new(error)))?;
     let metrics = Arc::new(Metrics::new());
     let reserve = Reserve {
@@ -279,7 +288,12 @@ pub async fn run(options: Options) -> Result<JoinHandle<()>, DaemonError> {
     };
     let info =
         describe(&options.state_dir, reserve).map_err(|error| DaemonError::Process("describe this host", error))?;
-    let manager = Manager::new(sandboxes(&options, &info, metrics.pool.clone())).await?;
+    let mut config = sandboxes(&options, &info, metrics.pool.clone());
+    config.chunks = Some(ChunkServer {
+        source: Arc::new(StoreImages::new(images.clone())),
+        deadline,
+    });
+    let manager = Manager::new(config).await?;
     for warning in manager.warnings() {
         warn!("{warning}");
     }

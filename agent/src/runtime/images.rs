@@ -1,10 +1,11 @@
 //! [`Images`] over the image store.
 
-use std::path::PathBuf;
+use std::{fmt, path::PathBuf};
 
-use flint_api::host;
+use flint_api::{host, vmm::ChunkPlace};
 use flint_snapshots::{
-    images::{ErrorKind, Image, ImageError as StoreFailure, ImageStore, PullPolicy, PullRequest, Work},
+    chunk::ChunkId,
+    images::{Delivered, ErrorKind, Image, ImageError as StoreFailure, ImageStore, PullPolicy, PullRequest, Work},
     registry::Credentials,
 };
 use tokio::sync::mpsc;
@@ -15,6 +16,7 @@ use crate::{
     chain,
     logs::parse_rfc3339,
     pods::timestamp,
+    sandbox::{ChunkFile, ChunkSource},
 };
 
 /// The images of this host, in the store.
@@ -25,6 +27,36 @@ impl StoreImages {
     /// Over an open store.
     pub fn new(store: ImageStore) -> Self {
         Self(store)
+    }
+}
+
+impl fmt::Debug for StoreImages {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("StoreImages").finish_non_exhaustive()
+    }
+}
+
+#[async_trait]
+impl ChunkSource for StoreImages {
+    async fn chunk(&self, image: &str, id: ChunkId) -> Result<ChunkFile, String> {
+        let digest = image
+            .parse()
+            .map_err(|error| format!("image {image}: {}", chain(&error)))?;
+        match self.0.demand(digest, id).await.map_err(|error| chain(&error))? {
+            Delivered::Stored(found) => Ok(ChunkFile {
+                file: found.file,
+                place: ChunkPlace {
+                    pack: found.location.pack.0,
+                    offset: found.location.offset,
+                    stored_length: found.location.stored_len,
+                    length: found.location.raw_len,
+                },
+            }),
+            Delivered::Bytes(bytes) => {
+                let file = ChunkFile::of_bytes(&bytes);
+                file.map_err(|error| format!("no room for the chunk on the disk, and none in memory: {error}"))
+            }
+        }
     }
 }
 

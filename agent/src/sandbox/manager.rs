@@ -16,7 +16,7 @@ use std::{
 use flint_api::vmm::{CpuLevel, MAX_FDS};
 
 use super::{
-    DiskSource, DiskSpec, Sandbox, SandboxError, SandboxSpec, TakenOver, blocking, file_error,
+    ChunkServer, DiskSource, DiskSpec, Sandbox, SandboxError, SandboxSpec, TakenOver, blocking, file_error,
     intent::Folder,
     means::{Means, Wish, image_names},
     pages::{self, PageServers},
@@ -70,6 +70,8 @@ pub struct Config {
     pub cpu_level: CpuLevel,
     /// Clones that are parked ahead of need.
     pub pool: pool::Config,
+    /// Who brings chunks that images lack; absent: nobody, and a guest that reads one gets an error.
+    pub chunks: Option<ChunkServer>,
 }
 
 impl Config {
@@ -91,6 +93,7 @@ impl Config {
             idle_reclaim: Duration::ZERO,
             cpu_level: CpuLevel::Host,
             pool: pool::Config::default(),
+            chunks: None,
         }
     }
 }
@@ -134,6 +137,7 @@ impl Manager {
             cgroups: &cgroups,
             network: &network,
             uids: &uids,
+            chunks: config.chunks.as_ref(),
         };
         let unclaimed = Unclaimed::take_over(left, leases, home).await;
         let page_servers = PageServers::new(&config.vmm);
@@ -360,8 +364,8 @@ pub(super) fn checked(mut spec: SandboxSpec) -> Result<SandboxSpec, SandboxError
         if serial.is_empty() || serial.len() > 20 || !serial.is_ascii() || !serials.insert(serial) {
             return wrong("each disk has a serial of its own, of 1 to 20 ASCII bytes");
         }
-        if matches!(source, DiskSource::Image { packs, .. } if packs.len() >= MAX_FDS) {
-            return wrong("an image has at most 63 pack files");
+        if matches!(source, DiskSource::Image { packs, .. } if packs.len() > MAX_FDS - 2) {
+            return wrong("an image has at most 62 pack files");
         }
     }
     spec.memory_bytes = memory;

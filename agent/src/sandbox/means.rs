@@ -5,7 +5,7 @@ use std::{net::Ipv4Addr, os::fd::OwnedFd, path::PathBuf, sync::Arc};
 use flint_api::guest::Interface;
 
 use super::{
-    Config, DiskSource, DiskSpec, SandboxError, SandboxSpec, blocking,
+    Config, DiskSource, DiskSpec, SandboxError, SandboxSpec, blocking, file_error,
     intent::{Folder, Intent},
     manager::spec_error,
     pages::PageServers,
@@ -108,10 +108,22 @@ impl Means {
             disks.push(match &disk.source {
                 DiskSource::Scratch { bytes } => DiskFds::Raw(self.make_scratch(*bytes).await?),
                 DiskSource::Raw { file } => DiskFds::Raw(Arc::clone(file)),
-                DiskSource::Image { table, packs, .. } => DiskFds::image(table, packs),
+                DiskSource::Image { name, table, packs } => self.image(name, table, packs)?,
             });
         }
         Ok(disks)
+    }
+
+    /// The files of an image, with a connection to whoever brings what it lacks.
+    pub(super) fn image(
+        &self,
+        name: &str,
+        table: &Arc<OwnedFd>,
+        packs: &[Arc<OwnedFd>],
+    ) -> Result<DiskFds, SandboxError> {
+        let line = self.config.chunks.as_ref().map(|server| server.line(name));
+        let line = line.transpose().map_err(file_error("make a socket for", name))?;
+        Ok(DiskFds::image(table, packs, line))
     }
 
     /// What the guest is told about its interface. `template_mac` is what a clone's driver believes.

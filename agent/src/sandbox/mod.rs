@@ -17,10 +17,12 @@
 //! - [`supervisor`]: one task for each sandbox; says why it ended.
 //! - [`save`]: a sandbox that stands still, written into files.
 //! - [`restore`]: a sandbox that is made of such files.
+//! - [`chunks`]: who brings what images lack while guests read them.
 //! - [`pages`]: who brings a sandbox's memory while it runs, from chunks.
 //! - [`intent`]: what a sandbox holds on this host, on disk before it is taken.
 //! - [`guest`]: gRPC to flint-init over the VMM's vsock socket.
 
+mod chunks;
 pub mod control;
 mod guest;
 mod intent;
@@ -55,7 +57,10 @@ use thiserror::Error;
 use tokio::sync::watch;
 use tonic::transport::Channel;
 
-pub use self::manager::{Config, Manager};
+pub use self::{
+    chunks::{ChunkFile, ChunkServer, ChunkSource},
+    manager::{Config, Manager},
+};
 pub(crate) use self::{pages::MAX_PACKS, save::is_disk_full};
 use crate::{
     cgroup::CgroupError, hook::HookError, network::NetworkError, probe::KvmError, process::SpawnError,
@@ -101,7 +106,7 @@ pub enum DiskSource {
         name: String,
         /// The device table.
         table: Arc<OwnedFd>,
-        /// At most 63.
+        /// At most 62.
         packs: Vec<Arc<OwnedFd>>,
     },
     /// A file or block device as it is.

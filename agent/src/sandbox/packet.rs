@@ -9,6 +9,7 @@ use std::{
 use flint_api::vmm::MAX_PACKET;
 use nix::{
     cmsg_space,
+    fcntl::{FcntlArg, OFlag, fcntl},
     sys::socket::{
         AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, UnixAddr, connect, recvmsg,
         sendmsg, setsockopt, socket, sockopt,
@@ -43,6 +44,13 @@ impl PacketSocket {
         connect(fd.as_raw_fd(), &UnixAddr::new(path)?)?;
         // SAFETY: an owned descriptor stays the same one for as long as it is registered.
         Ok(Self(unsafe { AsyncFd::register(fd)? }))
+    }
+
+    /// One end of a pair.
+    pub(super) fn of(socket: OwnedFd) -> io::Result<Self> {
+        fcntl(&socket, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))?;
+        // SAFETY: an owned descriptor stays the same one for as long as it is registered.
+        Ok(Self(unsafe { AsyncFd::register(socket)? }))
     }
 
     pub(super) async fn send(&self, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> io::Result<()> {

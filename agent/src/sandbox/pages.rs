@@ -277,7 +277,7 @@ fn pair() -> io::Result<(OwnedFd, OwnedFd)> {
     )?)
 }
 
-fn memory_file(name: &str, len: u64) -> io::Result<File> {
+pub(super) fn memory_file(name: &str, len: u64) -> io::Result<File> {
     let file = File::from(memfd_create(name, MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING)?);
     file.set_len(len)?;
     Ok(file)

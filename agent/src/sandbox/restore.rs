@@ -172,7 +172,7 @@ impl Begun<'_> {
         let mut disks = Vec::with_capacity(self.spec.disks.len());
         for disk in &self.spec.disks {
             disks.push(match &disk.source {
-                DiskSource::Image { table, packs, .. } => DiskFds::image(table, packs),
+                DiskSource::Image { name, table, packs } => self.means.image(name, table, packs)?,
                 DiskSource::Raw { file } => DiskFds::Raw(Arc::clone(file)),
                 DiskSource::Scratch { .. } => {
                     let stage = self.timeline.begin("disk.copy");

@@ -18,6 +18,7 @@ use tonic::transport::Channel;
 
 use super::{
     DiskSpec, Identity, NetSpec, SandboxError, SandboxSpec,
+    chunks::Line,
     control::{Control, ControlError},
     file_error,
     guest::connect,
@@ -83,13 +84,14 @@ pub(super) struct Parts<'a> {
 
 /// The files behind a disk.
 pub(super) enum DiskFds {
-    Image(Vec<Arc<OwnedFd>>),
+    /// Device table and packs, and the connection to whoever has the chunks that are missing.
+    Image(Vec<Arc<OwnedFd>>, Option<Line>),
     Raw(Arc<OwnedFd>),
 }
 
 impl DiskFds {
-    pub(super) fn image(table: &Arc<OwnedFd>, packs: &[Arc<OwnedFd>]) -> Self {
-        Self::Image(std::iter::once(table).chain(packs).map(Arc::clone).collect())
+    pub(super) fn image(table: &Arc<OwnedFd>, packs: &[Arc<OwnedFd>], line: Option<Line>) -> Self {
+        Self::Image(std::iter::once(table).chain(packs).map(Arc::clone).collect(), line)
     }
 }
 
@@ -330,7 +332,7 @@ async fn await_hello(control: &Control, launcher: Process, folder: &Folder) -> R
 fn machine(parts: &Parts<'_>) -> vmm::CreateMachine {
     let slot = |disk: &DiskSpec, fds: &DiskFds| vmm::DiskSlot {
         serial: disk.serial.clone(),
-        read_only: disk.read_only || matches!(fds, DiskFds::Image(_)),
+        read_only: disk.read_only || matches!(fds, DiskFds::Image(..)),
         queues: 0,
     };
     vmm::CreateMachine {
@@ -359,9 +361,15 @@ fn machine(parts: &Parts<'_>) -> vmm::CreateMachine {
 /// How a disk is bound, and its descriptors.
 pub(super) fn bind_disk<'a>(slot: u32, spec: &DiskSpec, fds: &'a DiskFds) -> (vmm::BindDisk, Vec<BorrowedFd<'a>>) {
     let (source, fds) = match fds {
-        DiskFds::Image(files) => (
-            vmm::bind_disk::Source::Image(vmm::ImageDevice {}),
-            files.iter().map(|file| file.as_fd()).collect(),
+        DiskFds::Image(files, line) => (
+            vmm::bind_disk::Source::Image(vmm::ImageDevice {
+                chunks: line.as_ref().map(|line| line.terms),
+            }),
+            files
+                .iter()
+                .map(|file| file.as_fd())
+                .chain(line.as_ref().map(|line| line.socket.as_fd()))
+                .collect(),
         ),
         DiskFds::Raw(file) => (
             vmm::bind_disk::Source::RawFile(vmm::RawFile { direct: false }),

@@ -14,7 +14,7 @@ use std::{
 use flint_api::vmm::{ExitReason, state::Phase};
 
 use super::{
-    Exited, Inner, Sandbox, SandboxError, TakenOver, blocking,
+    ChunkServer, Exited, Inner, Sandbox, SandboxError, TakenOver, blocking,
     control::Control,
     guest::connect_lazily,
     intent::{self, Folder, Intent},
@@ -49,6 +49,7 @@ pub(super) struct Home<'a> {
     pub cgroups: &'a Cgroups,
     pub network: &'a Arc<Network>,
     pub uids: &'a Uids,
+    pub chunks: Option<&'a ChunkServer>,
 }
 
 impl Unclaimed {
@@ -71,7 +72,7 @@ impl Unclaimed {
                 Some(address) if !has_network => Err(NetworkError::Taken(address).into()),
                 _ => Ok(intent),
             });
-            probes.spawn(take_over_one(left.id, held, intent));
+            probes.spawn(take_over_one(left.id, held, intent, home.chunks.cloned()));
         }
         let mut found = HashMap::new();
         while let Some(probe) = probes.join_next().await {
@@ -133,10 +134,17 @@ pub(super) async fn end_strays(cgroups: &Cgroups, with_cgroup: &[String], left: 
 }
 
 /// Takes one sandbox over, or begins to clean it up.
-async fn take_over_one(id: String, held: Held, intent: Result<Intent, SandboxError>) -> (String, Found) {
+async fn take_over_one(
+    id: String,
+    held: Held,
+    intent: Result<Intent, SandboxError>,
+    chunks: Option<ChunkServer>,
+) -> (String, Found) {
     let folder = held.folder.clone();
     let alive = match intent {
-        Ok(intent) => reconnect_in_time(&held).await.map(|alive| (intent, alive)),
+        Ok(intent) => reconnect_in_time(&held, &intent, chunks.as_ref())
+            .await
+            .map(|alive| (intent, alive)),
         Err(error) => {
             let error = chain(&error);
             tracing::error!(sandbox = id, error, "a sandbox that cannot be taken over is ended");
@@ -167,18 +175,22 @@ async fn take_over_one(id: String, held: Held, intent: Result<Intent, SandboxErr
     (id, found)
 }
 
-async fn reconnect_in_time(held: &Held) -> Result<(Control, Attached), Exited> {
+async fn reconnect_in_time(
+    held: &Held,
+    intent: &Intent,
+    chunks: Option<&ChunkServer>,
+) -> Result<(Control, Attached), Exited> {
     let late = |_| Exited {
         reason: ExitReason::VmmError,
         detail: format!("the VMM did not answer within {TAKE_OVER_TIMEOUT:?} when flintd came back"),
     };
-    tokio::time::timeout(TAKE_OVER_TIMEOUT, reconnect(held))
+    tokio::time::timeout(TAKE_OVER_TIMEOUT, reconnect(held, intent, chunks))
         .await
         .map_err(late)?
 }
 
 /// Connects to a VMM of an earlier flintd. An error says why the sandbox is to end, unless its VMM has said why it ended.
-async fn reconnect(held: &Held) -> Result<(Control, Attached), Exited> {
+async fn reconnect(held: &Held, intent: &Intent, chunks: Option<&ChunkServer>) -> Result<(Control, Attached), Exited> {
     if !is_complete(&held.folder) {
         return Err(stopped("flintd ended before the sandbox's start was complete"));
     }
@@ -190,6 +202,10 @@ async fn reconnect(held: &Held) -> Result<(Control, Attached), Exited> {
     let ours = held.cgroup.contains(pid).unwrap_or(false);
     let runs = matches!(state.phase(), Phase::Running | Phase::Paused);
     if ours && runs {
+        // Its guest may be waiting for a chunk.
+        if let (Some(chunks), Some(machine)) = (chunks, &state.machine) {
+            chunks.take_over(&control, machine, &intent.images).await;
+        }
         Ok((control, Attached { events, process }))
     } else {
         Err(gone())

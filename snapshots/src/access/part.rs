@@ -39,11 +39,21 @@ impl LayerAccess {
     }
 
     fn stream_start(&self, chunk: usize) -> u64 {
-        self.places.of(chunk).iter().map(|piece| piece.stream).min().unwrap_or(0)
+        self.places
+            .of(chunk)
+            .iter()
+            .map(|piece| piece.stream)
+            .min()
+            .unwrap_or(0)
     }
 
     fn stream_end(&self, chunk: usize) -> u64 {
-        self.places.of(chunk).iter().map(|piece| piece.stream_end()).max().unwrap_or(0)
+        self.places
+            .of(chunk)
+            .iter()
+            .map(|piece| piece.stream_end())
+            .max()
+            .unwrap_or(0)
     }
 
     /// Number and end of the span in which the stream has `at`.

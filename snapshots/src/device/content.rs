@@ -60,7 +60,11 @@ pub(crate) fn placed_chunks(table: File) -> Result<Vec<(ChunkId, PackLocation)>,
             let request = table.chunk_on(page, &bytes, chunk)?;
             let mut location = request.location;
             // An absent chunk is in no pack; of others the place in the list was checked.
-            if let Some(pack) = table.packs().get(location.pack.0 as usize).filter(|_| !location.is_absent()) {
+            if let Some(pack) = table
+                .packs()
+                .get(location.pack.0 as usize)
+                .filter(|_| !location.is_absent())
+            {
                 location.pack = *pack;
             }
             placed.push((request.id, location));

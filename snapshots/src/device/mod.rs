@@ -39,8 +39,8 @@ pub use build::{BuildError, Table};
 use cache::{Cache, Key};
 #[cfg(feature = "store")]
 pub(crate) use content::{content_name, placed_chunks};
-pub use found::FoundChunk;
 use found::Found;
+pub use found::FoundChunk;
 pub use source::{ChunkRequest, ChunkSource, PackId, PackLocation, Packs, SourceError};
 #[cfg(feature = "store")]
 pub(crate) use table::{BLOCK_LEN, MAX_DEVICE_LEN};

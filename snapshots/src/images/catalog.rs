@@ -425,6 +425,16 @@ impl Catalog {
         Ok(there && self.chunks.locate(&ids).is_ok_and(|now| now == places))
     }
 
+    /// Whether the image's device has the chunk.
+    pub(crate) fn has_chunk(&self, digest: Digest, id: ChunkId) -> Result<bool, ImageError> {
+        let key = digest.to_string();
+        Ok(self.chunks.index().read("reading an image's chunks", |txn| {
+            let table = txn.open_table(IMAGE_CHUNKS)?;
+            let ids = table.get(key.as_str())?;
+            Ok(ids.is_some_and(|ids| ids.value().as_chunks().0.contains(id.as_bytes())))
+        })?)
+    }
+
     /// The diff ids of an image's layers, the lowest first.
     pub(crate) fn layers_of(&self, digest: Digest) -> Result<Vec<Digest>, ImageError> {
         Ok(self.known(digest)?.layers)

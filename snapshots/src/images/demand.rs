@@ -28,7 +28,7 @@ use crate::access::{LayerAccess, LayerSource, LayerSourceError, Part};
 use crate::chunk::{Chunk, ChunkId, ChunkSink, SinkError};
 use crate::device::FoundChunk;
 use crate::registry::{Credentials, Digest, ImageReference};
-use crate::store::{Session, Sink, StoreError};
+use crate::store::{Sink, StoreError};
 
 /// How long a chunk is tried to be had by default.
 pub const DEFAULT_DEADLINE: Duration = Duration::from_secs(120);
@@ -71,6 +71,14 @@ pub enum DemandError {
         "chunk {id} of image {image} is in no layer whose index is on this host: remove the image and pull it again"
     )]
     NoSource {
+        /// The chunk.
+        id: ChunkId,
+        /// The image.
+        image: Digest,
+    },
+    /// It is none of the image's.
+    #[error("image {image} has no chunk {id}")]
+    Foreign {
         /// The chunk.
         id: ChunkId,
         /// The image.
@@ -221,6 +229,11 @@ impl ImageStore {
 
 impl Inner {
     async fn deliver(self: &Arc<Self>, image: Digest, id: ChunkId) -> Result<Delivered, DemandError> {
+        let inner = Arc::clone(self);
+        // Who asks may be a VMM that its guest has taken over: it gets nothing of other images.
+        if !blocking(move || inner.catalog.has_chunk(image, id)).await? {
+            return Err(DemandError::Foreign { id, image });
+        }
         loop {
             if let Some(found) = self.find_good(id).await? {
                 return Ok(Delivered::Stored(found));
@@ -357,7 +370,9 @@ impl Inner {
     ) -> Result<(HashMap<ChunkId, Arc<Vec<u8>>>, bool), DemandError> {
         let session = self.chunks().session();
         let damaged = self.chunks().contains(id)?;
-        let ids = wanted_of(&session, id, &part.chunks)?;
+        // What has come since we looked is not fetched again; what is damaged beside it is.
+        let bad = |chunk: &&Chunk| self.chunks().get(chunk.id).is_err();
+        let ids: Vec<_> = part.chunks.iter().filter(bad).map(|chunk| chunk.id).collect();
         let mut sink = session.sink()?;
         let mut unstored = HashMap::new();
         source.chunks(&ids, |chunk, bytes| match sink.mend(&bytes) {
@@ -441,13 +456,6 @@ impl Inner {
             }
         });
     }
-}
-
-/// Those of a part that the store lacks, and `id`, whose copy is bad if there is one.
-fn wanted_of(session: &Session, id: ChunkId, chunks: &[Chunk]) -> Result<Vec<ChunkId>, StoreError> {
-    let missing = session.missing(chunks)?;
-    let others = missing.iter().map(|chunk| chunk.id).filter(|other| *other != id);
-    Ok([id].into_iter().chain(others).collect())
 }
 
 /// Puts chunks in place of damaged ones.

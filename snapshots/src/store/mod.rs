@@ -270,7 +270,10 @@ impl ChunkStore {
             None => inner.index.locate(id)?,
         };
         if let Some(location) = known {
-            if self.pack(location.pack).is_some_and(|pack| pack.read(id, location).is_ok()) {
+            if self
+                .pack(location.pack)
+                .is_some_and(|pack| pack.read(id, location).is_ok())
+            {
                 return Ok(location);
             }
             tracing::warn!(chunk = %id, pack = location.pack.0, "a damaged chunk is replaced");

@@ -8,6 +8,7 @@ mod access;
 mod auth;
 mod build;
 mod crash;
+mod demand;
 mod faults;
 mod hostile;
 mod kinds;
@@ -25,7 +26,9 @@ use std::path::Path;
 use std::time::Duration;
 
 use flint_snapshots::device::ImageDevice;
-use flint_snapshots::images::{DemandOptions, DeviceFiles, Image, ImageError, ImageStore, ImageStoreOptions, PullPolicy, PullRequest};
+use flint_snapshots::images::{
+    DemandOptions, DeviceFiles, Image, ImageError, ImageStore, ImageStoreOptions, PullPolicy, PullRequest,
+};
 use flint_snapshots::registry::{Credentials, RegistryConfig, Retries, Timeouts};
 use flint_snapshots::store::StoreOptions;
 

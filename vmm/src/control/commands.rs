@@ -11,8 +11,8 @@ use flint_api::vmm::error::Code;
 use flint_api::vmm::request::Command;
 use flint_api::vmm::state::Phase as WirePhase;
 use flint_api::vmm::{
-    self, BindDisk, BindNet, ChunkServer, Claim, ClaimDisk, CreateMachine, LoadKernel, LoadSnapshot, MemoryState, SaveSnapshot,
-    bind_disk,
+    self, BindDisk, BindNet, ChunkServer, Claim, ClaimDisk, CreateMachine, LoadKernel, LoadSnapshot, MemoryState,
+    SaveSnapshot, bind_disk,
 };
 use flint_snapshots::device::ImageDevice;
 use nix::sys::socket::{UnixAddr, getsockname, getsockopt, sockopt};
@@ -597,10 +597,11 @@ fn bind_disk(machine: &Machine, message: &BindDisk, mut fds: Fds) -> Result<(), 
         }
         Some(bind_disk::Source::Image(image)) => {
             let chunks = image.chunks.as_ref().map(|server| chunk_server(server, &mut fds));
+            let chunks = chunks.transpose()?;
             let table = File::from(fds.first()?);
             let packs = fds.0.into_iter().map(File::from).collect();
             let device = ImageDevice::open(table, packs).map_err(|error| Failure::of(Code::Resource, &error))?;
-            BlockResource::image(Box::new(device), chunks.transpose()?, limit)
+            BlockResource::image(Box::new(device), chunks, limit)
         }
     };
     let disk = disk.map_err(|error| Failure::of(Code::Resource, &error))?;

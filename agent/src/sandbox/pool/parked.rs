@@ -93,7 +93,7 @@ impl Disks {
             // It fits, or nobody would ask.
             let Some(slot) = shape.slot(disk) else { continue };
             let fds = match &disk.source {
-                DiskSource::Image { table, packs, .. } => Some(DiskFds::image(table, packs)),
+                DiskSource::Image { name, table, packs } => Some(means.image(name, table, packs)?),
                 DiskSource::Raw { file } => Some(DiskFds::Raw(Arc::clone(file))),
                 DiskSource::Scratch { bytes } if *bytes == shape.scratch_bytes => None,
                 DiskSource::Scratch { bytes } => Some(DiskFds::Raw(means.make_scratch(*bytes).await?)),

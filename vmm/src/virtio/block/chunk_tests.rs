@@ -105,10 +105,13 @@ impl Rig {
 
     /// The guest reads the sector.
     fn read(&mut self) {
-        self.memory.write_obj(blk::VIRTIO_BLK_T_IN, GuestAddress(HEADER)).unwrap();
+        self.memory
+            .write_obj(blk::VIRTIO_BLK_T_IN, GuestAddress(HEADER))
+            .unwrap();
         self.memory.write_obj(0_u64, GuestAddress(HEADER + 8)).unwrap();
         self.memory.write_obj(0xff_u8, GuestAddress(STATUS)).unwrap();
-        self.queue.add(&[(HEADER, 16, 0), (DATA, 512, WRITE), (STATUS, 1, WRITE)]);
+        self.queue
+            .add(&[(HEADER, 16, 0), (DATA, 512, WRITE), (STATUS, 1, WRITE)]);
         self.device.queue_event(0).unwrap();
     }
 
@@ -224,7 +227,10 @@ fn a_server_that_says_nothing_costs_a_read_its_deadline_and_no_more() {
     rig.expire();
     assert_eq!((rig.status(), rig.count("chunk_timed_out")), (1, 1));
     rig.read();
-    assert_eq!((rig.question(), rig.question()), (ChunkId::of(&CHUNK), ChunkId::of(&CHUNK)));
+    assert_eq!(
+        (rig.question(), rig.question()),
+        (ChunkId::of(&CHUNK), ChunkId::of(&CHUNK))
+    );
     rig.answer(place(512), &[&file(&CHUNK)]);
     assert_eq!(rig.status(), 0);
 }
@@ -313,7 +319,12 @@ fn a_device_that_waits_can_be_paused_and_saved_and_asks_again_when_it_goes_on() 
     assert!(rig.device.has_work(), "the request is not in the ring");
     let saved = rig.device.save();
     // What comes meanwhile is left where it is.
-    packet::send(rig.server.as_fd(), &of(ChunkId::of(&CHUNK), place(512)), &[file(&CHUNK).as_fd()]).unwrap();
+    packet::send(
+        rig.server.as_fd(),
+        &of(ChunkId::of(&CHUNK), place(512)),
+        &[file(&CHUNK).as_fd()],
+    )
+    .unwrap();
     assert_eq!(rig.device.save(), saved);
     rig.device.resume().unwrap();
     rig.question();
