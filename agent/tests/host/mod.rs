@@ -74,6 +74,14 @@ impl Host {
         Self::start_with_pool(0)
     }
 
+    /// The same, with more arguments.
+    pub fn start_with<const N: usize>(arguments: [&str; N]) -> Self {
+        let mut host = Self::new(0);
+        host.more = arguments.map(String::from).to_vec();
+        host.start_daemon();
+        host
+    }
+
     /// The same, with flintd's state on a file system of its own.
     pub fn start_on_disk(bytes: u64) -> Self {
         let mut host = Self::new(0);
