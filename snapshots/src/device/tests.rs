@@ -310,3 +310,121 @@ fn impossible_headers_are_refused_before_anything_is_allocated() {
     assert!(matches!(open(16, &[0xff; 8]), OpenError::Malformed(_)));
     assert!(matches!(open(16, &4095u64.to_le_bytes()), OpenError::Malformed(_)));
 }
+
+/// The sample with chunk 350 left out of its table, and what the store has of it.
+fn lacking(packs: &mut TestPacks) -> (Image, Vec<u8>, ImageDevice) {
+    let (image, content) = sample(packs);
+    let absent = image.chunks[350];
+    let locate = |id: &ChunkId| match *id == absent.id {
+        true => Some(PackLocation::absent(absent.len)),
+        false => packs.locate(id),
+    };
+    let table = Table::build(&image, locate).unwrap();
+    let files = packs.files_for(&table);
+    let device = ImageDevice::open(file_with(table.as_bytes()), files).unwrap();
+    (image, content, device)
+}
+
+/// A chunk as it is, in a file of its own.
+fn found(bytes: &[u8], pack: u32) -> FoundChunk {
+    let len = u32::try_from(bytes.len()).unwrap();
+    FoundChunk {
+        file: file_with(bytes),
+        location: PackLocation {
+            pack: PackId(pack),
+            offset: 0,
+            stored_len: len,
+            raw_len: len,
+        },
+    }
+}
+
+/// What the sample has in chunk 350.
+fn missing_bytes(image: &Image, content: &[u8]) -> Vec<u8> {
+    let extent = image.extents.iter().find(|extent| extent.chunk == 350).unwrap();
+    assert_eq!((extent.offset, extent.len), (0, image.chunks[350].len));
+    let start = usize::try_from(extent.device_offset).unwrap();
+    content[start..start + extent.len as usize].to_vec()
+}
+
+#[test]
+fn a_chunk_that_is_not_here_is_named_and_read_where_it_was_found() {
+    let mut packs = TestPacks::new();
+    let (image, content, device) = lacking(&mut packs);
+    let id = image.chunks[350].id;
+    let error = read_all(&device).unwrap_err();
+    assert_eq!(error.missing_chunk(), Some(id), "{error:?}");
+    let bytes = missing_bytes(&image, &content);
+    for pack in [0, 9] {
+        device.learn(id, found(&bytes, pack)).unwrap();
+        assert!(read_all(&device).unwrap() == content);
+    }
+}
+
+#[test]
+fn what_was_found_is_believed_no_more_than_what_the_table_names() {
+    let mut packs = TestPacks::new();
+    let (image, content, device) = lacking(&mut packs);
+    let id = image.chunks[350].id;
+    let good = missing_bytes(&image, &content);
+    let mut other = good.clone();
+    other[7] ^= 1;
+    let mut cut = found(&good, 1);
+    cut.location.raw_len -= 1;
+    cut.location.stored_len -= 1;
+    let mut beyond = found(&good, 1);
+    beyond.location.offset = u64::MAX;
+    let mut garbage = found(&good, 1);
+    garbage.location.stored_len = 100;
+    for wrong in [found(&other, 1), cut, beyond, garbage, found(&good[..100], 1)] {
+        device.learn(id, wrong).unwrap();
+        assert_eq!(read_all(&device).unwrap_err().missing_chunk(), Some(id));
+    }
+    // It was forgotten each time.
+    let again = read_all(&device).unwrap_err();
+    assert!(
+        matches!(
+            again,
+            ReadError::Source {
+                source: SourceError::Absent,
+                ..
+            }
+        ),
+        "{again:?}"
+    );
+    device.learn(id, found(&good, 1)).unwrap();
+    assert!(read_all(&device).unwrap() == content);
+}
+
+#[test]
+fn only_so_many_files_are_held_open_for_what_was_found() {
+    let mut packs = TestPacks::new();
+    let (image, content, device) = lacking(&mut packs);
+    let id = image.chunks[350].id;
+    device.learn(id, found(&missing_bytes(&image, &content), 0)).unwrap();
+    for number in 0..100_u32 {
+        let bytes = number.to_le_bytes();
+        device.learn(ChunkId::of(&bytes), found(&bytes, 0)).unwrap();
+    }
+    assert_eq!(read_all(&device).unwrap_err().missing_chunk(), Some(id));
+}
+
+#[test]
+fn a_table_says_by_its_version_whether_all_chunks_are_here() {
+    let mut packs = TestPacks::new();
+    let (image, _) = sample(&mut packs);
+    let version = |table: &Table| u32::from_le_bytes(table.as_bytes()[8..12].try_into().unwrap());
+    assert_eq!(version(&table_of(&image, &packs)), 1);
+    let nowhere = Table::build(&image, |id| packs.locate(id).map(|at| PackLocation::absent(at.raw_len))).unwrap();
+    assert_eq!((version(&nowhere), nowhere.packs().len()), (2, 0));
+    let name = |table: &Table| content_name(file_with(table.as_bytes())).unwrap();
+    assert_eq!(
+        name(&nowhere),
+        name(&table_of(&image, &packs)),
+        "the same bytes have two names"
+    );
+    let placed = placed_chunks(file_with(nowhere.as_bytes())).unwrap();
+    assert!(placed.iter().all(|(_, location)| location.is_absent()));
+    let placed = placed_chunks(file_with(table_of(&image, &packs).as_bytes())).unwrap();
+    assert!(placed.iter().all(|(id, location)| packs.locate(id) == Some(*location)));
+}

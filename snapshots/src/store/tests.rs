@@ -252,3 +252,49 @@ fn one_store_has_one_owner() {
     drop(store);
     open(dir.path());
 }
+
+/// Alters what the store has of a chunk.
+fn damage(store: &ChunkStore, id: ChunkId) {
+    let place = store.locate(&[id]).unwrap()[0];
+    let path = Pack::path(&store.inner.packs_dir, place.pack);
+    let pack = OpenOptions::new().write(true).open(path).unwrap();
+    std::os::unix::fs::FileExt::write_all_at(&pack, &[0xee; 16], place.offset).unwrap();
+}
+
+#[test]
+fn a_damaged_copy_is_replaced_and_a_good_one_is_left_alone() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = open(dir.path());
+    let chunks = [noise(50_000, 1), vec![7; 50_000], noise(20_000, 3)];
+    let ids: Vec<_> = chunks.iter().map(|chunk| put(&store, chunk)).collect();
+    store.commit().unwrap();
+    let before = store.locate(&ids).unwrap();
+    assert!(ids.iter().all(|id| store.find_good(*id).unwrap().is_some()));
+    ids[..2].iter().for_each(|id| damage(&store, *id));
+    assert!(store.find_good(ids[0]).unwrap().is_none());
+    let session = store.session();
+    for chunk in &chunks {
+        session.sink().unwrap().mend(chunk).unwrap();
+        // The second time there is nothing to mend.
+        session.sink().unwrap().mend(chunk).unwrap();
+    }
+    session.commit().unwrap();
+    let after = store.locate(&ids).unwrap();
+    assert!(before[0] != after[0] && before[1] != after[1] && before[2] == after[2]);
+    assert_eq!(packed(dir.path()), {
+        let twice = |at: usize| u64::from(after[at].stored_len) + pack::RECORD_HEADER_LEN;
+        let packs = store.index().packs().unwrap().len() as u64;
+        packs * pack::HEADER_LEN + 2 * (twice(0) + twice(1)) + twice(2)
+    });
+    drop((session, store));
+    let store = open(dir.path());
+    for (id, chunk) in ids.iter().zip(&chunks) {
+        assert_eq!(store.get(*id).unwrap(), *chunk);
+        assert_eq!(
+            store.find_good(*id).unwrap().unwrap().location,
+            store.locate(&[*id]).unwrap()[0]
+        );
+    }
+    collect(&store, &ids);
+    assert!(ids.iter().all(|id| store.get(*id).is_ok()));
+}
