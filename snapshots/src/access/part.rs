@@ -2,6 +2,7 @@
 
 use super::{Compression, LayerAccess};
 use crate::chunk::{Chunk, ChunkId};
+use crate::layer::Piece;
 
 /// A plain layer has no spans: so much of it is read together.
 const PLAIN_SPAN: u64 = 1 << 20;
@@ -48,12 +49,7 @@ impl LayerAccess {
     }
 
     fn stream_end(&self, chunk: usize) -> u64 {
-        self.places
-            .of(chunk)
-            .iter()
-            .map(|piece| piece.stream_end())
-            .max()
-            .unwrap_or(0)
+        self.places.of(chunk).iter().map(Piece::stream_end).max().unwrap_or(0)
     }
 
     /// Number and end of the span in which the stream has `at`.
