@@ -15,6 +15,7 @@ const CONTRACTS: [(&str, &[&str]); 3] = [
             "flint/host/v1/streams.proto",
             "flint/host/v1/images.proto",
             "flint/host/v1/snapshots.proto",
+            "flint/host/v1/store.proto",
         ],
     ),
 ];

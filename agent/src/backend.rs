@@ -293,4 +293,12 @@ pub trait Images: Send + Sync + 'static {
     async fn device_name(&self, digest: &str) -> Result<String, ImageError>;
     /// Removes an image and says how many bytes that freed.
     async fn remove(&self, digest: &str) -> Result<u64, ImageError>;
+    /// What the store of images and machines holds.
+    async fn usage(&self) -> Result<host::StoreUsage, ImageError>;
+    /// Reads the whole store; damage goes to `progress` chunk by chunk, and is repaired where that is asked for.
+    async fn verify(
+        &self,
+        repair: bool,
+        progress: mpsc::Sender<host::VerifyProgress>,
+    ) -> Result<host::VerifyProgress, ImageError>;
 }

@@ -6,6 +6,7 @@ mod images;
 pub mod listen;
 mod pods;
 mod snapshots;
+mod store;
 mod streams;
 mod templates;
 #[cfg(test)]
@@ -15,7 +16,8 @@ use std::{pin::Pin, sync::Arc};
 
 use flint_api::host::{
     DESCRIPTORS, host_server::HostServer, images_server::ImagesServer, pods_server::PodsServer,
-    snapshots_server::SnapshotsServer, streams_server::StreamsServer, templates_server::TemplatesServer,
+    snapshots_server::SnapshotsServer, store_server::StoreServer, streams_server::StreamsServer,
+    templates_server::TemplatesServer,
 };
 use futures::Stream;
 use tokio::sync::mpsc;
@@ -96,6 +98,7 @@ impl Api {
         reporter.set_serving::<StreamsServer<Api>>().await;
         reporter.set_serving::<SnapshotsServer<Api>>().await;
         reporter.set_serving::<TemplatesServer<Api>>().await;
+        reporter.set_serving::<StoreServer<Api>>().await;
         let reflection = || {
             Reflection::configure()
                 .register_encoded_file_descriptor_set(DESCRIPTORS)
@@ -119,6 +122,7 @@ impl Api {
             )
             .add_service(SnapshotsServer::new(self.clone()).max_decoding_message_size(MAX_REQUEST))
             .add_service(TemplatesServer::new(self.clone()).max_decoding_message_size(MAX_REQUEST))
+            .add_service(StoreServer::new(self.clone()).max_decoding_message_size(MAX_REQUEST))
             .add_service(StreamsServer::new(self).max_decoding_message_size(MAX_REQUEST));
         Ok(routes.routes())
     }

@@ -298,6 +298,12 @@ impl Images for View {
     async fn remove(&self, _: &str) -> Result<u64, ImageError> {
         Ok(0)
     }
+    async fn usage(&self) -> Result<host::StoreUsage, ImageError> {
+        Err(ImageError::Internal("no test asks".into()))
+    }
+    async fn verify(&self, _: bool, _: mpsc::Sender<host::VerifyProgress>) -> Result<host::VerifyProgress, ImageError> {
+        Err(ImageError::Internal("no test asks".into()))
+    }
 }
 
 struct Held {

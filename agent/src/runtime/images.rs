@@ -11,6 +11,7 @@ use flint_snapshots::{
 use tokio::sync::mpsc;
 use tonic::async_trait;
 
+use super::store;
 use crate::{
     backend::{ImageConfig, ImageError, ImageInfo, Images, PullOrder},
     chain,
@@ -110,6 +111,20 @@ impl Images for StoreImages {
 
     async fn remove(&self, name: &str) -> Result<u64, ImageError> {
         self.0.remove(name).await.map_err(|error| failure(&error))
+    }
+
+    async fn usage(&self) -> Result<host::StoreUsage, ImageError> {
+        let usage = self.0.usage().await.map_err(|error| failure(&error))?;
+        Ok(store::usage(&usage))
+    }
+
+    async fn verify(
+        &self,
+        repair: bool,
+        progress: mpsc::Sender<host::VerifyProgress>,
+    ) -> Result<host::VerifyProgress, ImageError> {
+        let verified = store::verify(&self.0, repair, progress).await;
+        verified.map_err(|error| failure(&error))
     }
 }
 

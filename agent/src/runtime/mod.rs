@@ -2,6 +2,7 @@
 
 mod images;
 mod sandboxes;
+mod store;
 
 pub use images::StoreImages;
 pub use sandboxes::MicroVms;

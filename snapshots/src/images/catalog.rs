@@ -435,6 +435,17 @@ impl Catalog {
         })?)
     }
 
+    /// The images whose devices have the chunk.
+    pub(crate) fn images_with(&self, id: ChunkId) -> Result<Vec<Digest>, ImageError> {
+        let mut with = Vec::new();
+        for digest in self.digests()? {
+            if self.has_chunk(digest, id)? {
+                with.push(digest);
+            }
+        }
+        Ok(with)
+    }
+
     /// The diff ids of an image's layers, the lowest first.
     pub(crate) fn layers_of(&self, digest: Digest) -> Result<Vec<Digest>, ImageError> {
         Ok(self.known(digest)?.layers)

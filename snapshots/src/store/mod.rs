@@ -38,6 +38,7 @@
 
 mod collect;
 mod error;
+mod examine;
 mod index;
 mod lock;
 mod pack;
@@ -52,6 +53,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, Weak};
 
 pub use collect::Collected;
 pub use error::StoreError;
+pub use examine::{Examined, Usage};
 pub(crate) use index::Index;
 use lock::DirLock;
 use pack::Pack;

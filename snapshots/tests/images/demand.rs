@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use flint_snapshots::chunk::ChunkId;
 use flint_snapshots::device::{ImageDevice, PackId, ReadError};
-use flint_snapshots::images::{Delivered, DemandError};
+use flint_snapshots::images::{DamagedChunk, Delivered, DemandError, Finding};
 use flint_snapshots::registry::Digest;
 
 use crate::build::{Compression, Layout, layout, noise, tar};
@@ -352,4 +352,58 @@ async fn a_mended_image_survives_the_end_of_its_damaged_pack() {
     );
     assert_serves(&store, &image, &content).await;
     drop(dir);
+}
+
+/// Those chunks that an examination of the whole store finds damaged.
+async fn examine(store: &ImageStore) -> Vec<DamagedChunk> {
+    let (findings, mut found) = tokio::sync::mpsc::channel(1);
+    let listen = async {
+        let (mut damaged, mut last) = (Vec::new(), None);
+        while let Some(finding) = found.recv().await {
+            match finding {
+                Finding::Damaged(chunk) => damaged.push(chunk),
+                Finding::Progress(done) => last = Some(done),
+            }
+        }
+        (damaged, last)
+    };
+    let (examined, (damaged, last)) = tokio::join!(store.examine(findings), listen);
+    examined.unwrap();
+    if damaged.is_empty() {
+        let last = last.unwrap();
+        assert_eq!((last.chunks, last.bytes), (last.chunks_total, last.bytes_total));
+    }
+    damaged
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_examination_names_damaged_chunks_with_their_images_and_they_are_mended() {
+    let registry = Registry::start();
+    let host = Host::simple(&registry, Compression::Gzip).await;
+    assert_eq!(examine(&host.store).await, []);
+    let usage = host.store.usage().await.unwrap();
+    assert_eq!((usage.images, usage.image_bytes), (1, usage.chunks.stored_bytes));
+    assert!(usage.chunks.raw_bytes >= 3_000_000);
+
+    let ids = host.chunks().await;
+    let bad = [ids[0], ids[2]];
+    bad.iter().for_each(|id| host.damage(*id));
+    let damaged = examine(&host.store).await;
+    let mut found: Vec<_> = damaged.iter().map(|chunk| chunk.id).collect();
+    found.sort_by_key(|id| ids.iter().position(|other| other == id));
+    assert_eq!(found, bad);
+    for chunk in &damaged {
+        assert_eq!(chunk.images, [host.image.digest]);
+        assert!(chunk.reason.contains("damaged"), "{}", chunk.reason);
+        host.store.mend(chunk).await.unwrap();
+    }
+    assert_eq!(examine(&host.store).await, []);
+    assert_serves(&host.store, &host.image, &host.content).await;
+
+    let nobodys = DamagedChunk {
+        images: Vec::new(),
+        ..damaged[0].clone()
+    };
+    let error = host.store.mend(&nobodys).await.unwrap_err();
+    assert!(text(&error).contains("pull the snapshot"), "{}", text(&error));
 }

@@ -553,4 +553,10 @@ impl Images for ScriptedImages {
     async fn remove(&self, _: &str) -> Result<u64, ImageError> {
         Ok(1000)
     }
+    async fn usage(&self) -> Result<host::StoreUsage, ImageError> {
+        Ok(host::StoreUsage::default())
+    }
+    async fn verify(&self, _: bool, _: mpsc::Sender<host::VerifyProgress>) -> Result<host::VerifyProgress, ImageError> {
+        Ok(host::VerifyProgress::default())
+    }
 }

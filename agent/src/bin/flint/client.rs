@@ -4,6 +4,7 @@ use flint_api::host::host_client::HostClient;
 use flint_api::host::images_client::ImagesClient;
 use flint_api::host::pods_client::PodsClient;
 use flint_api::host::snapshots_client::SnapshotsClient;
+use flint_api::host::store_client::StoreClient;
 use flint_api::host::streams_client::StreamsClient;
 use flint_api::host::templates_client::TemplatesClient;
 use flint_api::host::{ListPodsRequest, Pod, PodMeta};
@@ -50,6 +51,10 @@ impl Client {
 
     pub fn templates(&self) -> TemplatesClient<Channel> {
         TemplatesClient::new(self.channel.clone()).max_decoding_message_size(MAX_MESSAGE)
+    }
+
+    pub fn store(&self) -> StoreClient<Channel> {
+        StoreClient::new(self.channel.clone())
     }
 
     /// The pod that `name` means.

@@ -23,6 +23,7 @@ mod pods;
 mod run;
 mod snapshots;
 mod standstill;
+mod store;
 mod target;
 mod template;
 mod terminal;
@@ -101,6 +102,8 @@ enum Command {
     Images(images::Images),
     /// Bring an image to this host.
     Pull(images::Pull),
+    /// Show what the chunk store holds; look through it, and repair it.
+    Store(store::Store),
     /// Say what this host can and cannot do for Flint, and what to do about each lack.
     Doctor(doctor::Doctor),
     /// Print the completion script for a shell: `source <(flint completion bash)`.
@@ -150,6 +153,7 @@ async fn dispatch(flint: Flint, format: Format) -> Result<u8, Failure> {
         Command::Timeline(timeline) => timeline.execute(connect().await?, format).await,
         Command::Images(images) => images.execute(connect().await?, format).await,
         Command::Pull(pull) => pull.execute(connect().await?, format).await,
+        Command::Store(store) => store.execute(connect().await?, format).await,
         Command::Doctor(doctor) => doctor.execute(connect().await, format).await,
         Command::Completion { shell } => {
             clap_complete::generate(shell, &mut Flint::command(), "flint", &mut io::stdout());
