@@ -19,6 +19,9 @@ pub mod host {
 #[cfg(feature = "kubernetes")]
 pub mod kubernetes;
 
+#[cfg(any(feature = "host", feature = "guest"))]
+mod secrecy;
+
 /// Guest API, `flint.guest.v1`: what flint-init offers to flintd, as gRPC over vsock.
 #[cfg(feature = "guest")]
 pub mod guest {

@@ -19,6 +19,7 @@ mod exec;
 mod identity;
 mod idle;
 mod kernel_log;
+mod materials;
 mod output;
 mod paths;
 mod pid1;

@@ -5,6 +5,8 @@
 //!           /scratch/<serial>           a scratch disk's ext4; "memory" is a tmpfs in its place
 //!               containers/<id>/{upper,work}, pods/<name>
 //!           /memory/<name>              pod directories that are kept in memory
+//!           /volumes/<name>             files made from materials, each volume a tmpfs
+//!           /sub-paths/<id>/<n>         what the mounts of a container show of a volume that they do not show whole
 //!           /containers/<id>/           request, config.json, rootfs (the overlay), tty.sock
 //!           /oci/<id>/                  libcontainer's own state; notify.sock starts the container
 //!           /etc/{resolv.conf,hosts,hostname,machine-id}   bound into every container
@@ -97,6 +99,21 @@ pub fn pod_directory(serial: Option<&Name>, name: &Name, memory: bool) -> PathBu
         return Path::new(RUN).join("memory").join(name.as_str());
     }
     scratch(serial).join("pods").join(name.as_str())
+}
+
+/// A volume of files made from materials.
+pub fn projected_volume(name: &Name) -> PathBuf {
+    Path::new(RUN).join("volumes").join(name.as_str())
+}
+
+/// Where parts of volumes are bound for a container. Not in its bundle, which is removed with all that is in it.
+pub fn sub_paths(container: &Name) -> PathBuf {
+    Path::new(RUN).join("sub-paths").join(container.as_str())
+}
+
+/// The part of a volume that the container's mount of this number shows.
+pub fn sub_path(container: &Name, mount: usize) -> PathBuf {
+    sub_paths(container).join(mount.to_string())
 }
 
 /// A container's bundle.

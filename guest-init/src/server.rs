@@ -15,9 +15,9 @@ use flint_api::guest::{
     self as api, AdoptIdentityRequest, AdoptIdentityResponse, ContainerExit, ContainerStatus, CreateContainerRequest,
     CreateContainerResponse, DeleteContainerRequest, DeleteContainerResponse, ExecRequest, ExecResponse, InputFrame,
     ListContainersRequest, ListContainersResponse, MountImageRequest, MountImageResponse, OutputChunk,
-    ReadOutputRequest, SetResourcesRequest, SetResourcesResponse, ShutdownRequest, ShutdownResponse,
-    SignalContainerRequest, SignalContainerResponse, StartContainerRequest, StartContainerResponse, StatsRequest,
-    StatsResponse, WaitContainerRequest, WriteInputResponse, guest_server::Guest,
+    ReadOutputRequest, SetMaterialsRequest, SetMaterialsResponse, SetResourcesRequest, SetResourcesResponse,
+    ShutdownRequest, ShutdownResponse, SignalContainerRequest, SignalContainerResponse, StartContainerRequest,
+    StartContainerResponse, StatsRequest, StatsResponse, WaitContainerRequest, WriteInputResponse, guest_server::Guest,
 };
 use futures::{FutureExt, Stream};
 use tokio::{
@@ -28,7 +28,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
 use crate::{
-    container::{Container, Containers, State, nanoseconds},
+    container::{Container, ContainerError, Containers, State, nanoseconds},
     exec,
     identity::{self, Generation},
     idle,
@@ -191,6 +191,12 @@ impl Guest for GuestService {
         Ok(Response::new(MountImageResponse {}))
     }
 
+    async fn set_materials(&self, request: Request<SetMaterialsRequest>) -> Reply<SetMaterialsResponse> {
+        let materials = self.0.containers.materials().clone();
+        let version = to_the_end(async move { Ok(materials.set(request.into_inner()).await?) }).await?;
+        Ok(Response::new(SetMaterialsResponse { version }))
+    }
+
     async fn create_container(&self, request: Request<CreateContainerRequest>) -> Reply<CreateContainerResponse> {
         if !self.0.has_identity() {
             return Err(Status::failed_precondition(
@@ -198,8 +204,15 @@ impl Guest for GuestService {
             ));
         }
         let containers = self.0.containers.clone();
-        to_the_end(async move { Ok(containers.create(request.into_inner()).await?) }).await?;
-        Ok(Response::new(CreateContainerResponse {}))
+        let config_error = to_the_end(async move {
+            match containers.create(request.into_inner()).await {
+                Ok(()) => Ok(String::new()),
+                Err(ContainerError::Config(error)) => Ok(error.0),
+                Err(error) => Err(error.into()),
+            }
+        })
+        .await?;
+        Ok(Response::new(CreateContainerResponse { config_error }))
     }
 
     async fn start_container(&self, request: Request<StartContainerRequest>) -> Reply<StartContainerResponse> {

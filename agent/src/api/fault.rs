@@ -74,6 +74,7 @@ impl From<PodError> for Status {
             PodError::Taken(_) => fault(Code::AlreadyExists, "POD_EXISTS", message),
             PodError::ForkCount { .. } => bad_field("forks", message),
             PodError::Stale { .. } => fault(Code::Aborted, "STALE_GENERATION", message),
+            PodError::StaleMaterials { .. } => fault(Code::Aborted, "STALE_MATERIALS", message),
             PodError::NotUp(_) => fault(Code::FailedPrecondition, "POD_NOT_RUNNING", message),
             PodError::Terminating(_) => fault(Code::FailedPrecondition, "POD_TERMINATING", message),
             PodError::Starting(_) => fault(Code::FailedPrecondition, "POD_STARTING", message),

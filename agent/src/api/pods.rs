@@ -89,6 +89,17 @@ impl Pods for Api {
         Ok(Response::new(host::ForkPodResponse { pods }))
     }
 
+    async fn update_materials(
+        &self,
+        request: Request<host::UpdateMaterialsRequest>,
+    ) -> Result<Response<host::UpdateMaterialsResponse>, Status> {
+        let request = request.into_inner();
+        self.fence(request.lease_epoch)?;
+        let materials = request.materials.ok_or_else(|| bad_field("materials", "must be set"))?;
+        let version = self.pods.update_materials(&request.uid, materials).await?;
+        Ok(Response::new(host::UpdateMaterialsResponse { version }))
+    }
+
     async fn forget_pod(
         &self,
         request: Request<host::ForgetPodRequest>,

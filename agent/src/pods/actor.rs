@@ -3,6 +3,7 @@
 //! [`standstill`] is what it does to have the sandbox pause and go on, [`save`] how it makes a snapshot of it, [`restore`] how it makes
 //! one of a snapshot, [`takeover`] how it finds one of an earlier flintd.
 
+mod materials;
 mod restore;
 mod save;
 mod standstill;
@@ -26,6 +27,7 @@ use super::{
     Context, PodError, PodRecord,
     attached::Attached,
     machine::{Action, Event, Life, Machine, StepError, Timer},
+    materials::Materials,
     process,
     run::{Run, guest_id, signal},
     steps::{launch, pull, registry},
@@ -37,6 +39,7 @@ use crate::{
     timeline::Timeline,
 };
 
+use materials::MaterialsReply;
 use restore::Source;
 use standstill::Going;
 
@@ -54,6 +57,8 @@ pub(super) enum Command {
     Ask(Ask, Reply),
     /// Save it.
     Save(Box<SaveOrder>),
+    /// Newer configMaps and secrets, checked already.
+    Materials(Box<host::PodMaterials>, MaterialsReply),
 }
 
 /// A snapshot that is to be made of the pod.
@@ -127,6 +132,7 @@ pub(super) struct Actor {
     uid: String,
     spec: Arc<host::PodSpec>,
     credentials: HashMap<String, host::RegistryCredentials>,
+    materials: Arc<Materials>,
     machine: Machine,
     timeline: Timeline,
     sandbox: Option<Arc<dyn Sandbox>>,
@@ -150,7 +156,7 @@ impl Actor {
     pub(super) fn new(
         context: Arc<Context>,
         record: PodRecord,
-        credentials: HashMap<String, host::RegistryCredentials>,
+        mut materials: host::PodMaterials,
         timeline: Timeline,
     ) -> (Self, Handle) {
         let pod = record.pod.clone().unwrap_or_default();
@@ -176,7 +182,8 @@ impl Actor {
             record,
             uid,
             spec,
-            credentials,
+            credentials: std::mem::take(&mut materials.registry_credentials),
+            materials: Arc::new(Materials::new(materials)),
             machine,
             timeline,
             sandbox: None,
@@ -240,10 +247,12 @@ impl Actor {
             }
             Input::Stood(result, reply) => self.stood(result, reply).await,
             Input::Went(result, reply) => self.went(result, reply).await,
-            Input::Command(command @ (Command::Save(_) | Command::Ask(..))) => match &mut self.early {
-                Some(early) => early.push(command),
-                None => self.do_with_sandbox(command),
-            },
+            Input::Command(command @ (Command::Save(_) | Command::Ask(..) | Command::Materials(..))) => {
+                match &mut self.early {
+                    Some(early) => early.push(command),
+                    None => self.do_with_sandbox(command),
+                }
+            }
             Input::Command(Command::Terminate(grace)) => {
                 self.record.terminate(grace, SystemTime::now());
                 self.handle(Event::Terminate(grace)).await;
@@ -256,6 +265,7 @@ impl Actor {
                     pod.spec = Some(spec);
                 }
                 self.publish().await;
+                self.refresh_volumes();
             }
             Input::Refresh => self.publish().await,
         }
@@ -480,7 +490,9 @@ impl Actor {
             sandbox: self.sandbox.clone()?,
             timeline: self.timeline.clone(),
             uid: self.uid.clone(),
+            meta: self.meta(),
             spec: self.spec.clone(),
+            materials: self.materials.clone(),
             index,
             run,
             digest,

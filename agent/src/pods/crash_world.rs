@@ -412,6 +412,13 @@ impl Guest for InGuest {
         self.machine.mounted.store(true, Ordering::SeqCst);
         Ok(Response::new(Default::default()))
     }
+    async fn set_materials(
+        &self,
+        request: Request<guest::SetMaterialsRequest>,
+    ) -> Result<Response<guest::SetMaterialsResponse>, Status> {
+        let version = request.into_inner().version;
+        Ok(Response::new(guest::SetMaterialsResponse { version }))
+    }
     async fn create_container(
         &self,
         request: Request<guest::CreateContainerRequest>,

@@ -52,6 +52,16 @@ pub enum PodError {
         /// The host's.
         known: u64,
     },
+    /// Materials older than those known.
+    #[error("pod {uid}: version {given} of its materials is older than {known}, which is known")]
+    StaleMaterials {
+        /// Which pod.
+        uid: String,
+        /// The request's.
+        given: u64,
+        /// The pod's.
+        known: u64,
+    },
     /// There is no sandbox to do it with.
     #[error("pod {0} has no running sandbox just now: `flint ps -a` shows what it is doing")]
     NotUp(String),

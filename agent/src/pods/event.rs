@@ -137,6 +137,8 @@ pub struct StepError {
     pub reason: String,
     /// What failed and why.
     pub message: String,
+    /// Whether it is tried again whatever the restart policy, because what is missing may come.
+    pub may_come: bool,
 }
 
 impl StepError {
@@ -145,6 +147,15 @@ impl StepError {
         Self {
             reason: reason.to_owned(),
             message: message.into(),
+            may_come: false,
+        }
+    }
+
+    /// What a container's configuration refers to is not there (yet), in words that Kubernetes users know.
+    pub fn missing(message: impl Into<String>) -> Self {
+        Self {
+            may_come: true,
+            ..Self::new("CreateContainerConfigError", message)
         }
     }
 }

@@ -8,10 +8,7 @@
 //! The snapshot is held by each pod that is still to be made of it; the last one to let an unlisted one go removes it. A
 //! flintd that is killed before the records are there leaves an unlisted snapshot that the next one removes.
 
-use std::{
-    collections::{HashMap, HashSet},
-    time::SystemTime,
-};
+use std::{collections::HashSet, time::SystemTime};
 
 use flint_api::host;
 
@@ -164,7 +161,7 @@ impl Pods {
         self.context.metrics.pods_accepted.inc_by(metas.len() as u64);
         self.context.changed();
         for (meta, record) in metas.iter().zip(records) {
-            self.spawn(&meta.uid, record, HashMap::new(), timeline.branch());
+            self.spawn(&meta.uid, record, host::PodMaterials::default(), timeline.branch());
         }
         metas.iter().map(|meta| self.get(&meta.uid)).collect()
     }

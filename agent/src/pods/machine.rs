@@ -288,7 +288,7 @@ impl Machine {
     }
 
     fn start_failed(&mut self, index: usize, run: u32, error: StepError, now: SystemTime, actions: &mut Vec<Action>) {
-        let again = self.policy != host::RestartPolicy::Never && self.terminating.is_none();
+        let again = (self.policy != host::RestartPolicy::Never || error.may_come) && self.terminating.is_none();
         let Some(container) = self.current(index, run) else {
             return;
         };

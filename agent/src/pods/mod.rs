@@ -8,11 +8,13 @@ pub mod admission;
 pub mod attached;
 mod backoff;
 mod container;
+mod environment;
 mod error;
 mod event;
 mod fork;
 pub mod journal;
 pub mod machine;
+mod materials;
 mod output;
 mod process;
 mod record;
@@ -137,7 +139,7 @@ impl Pods {
             info!(uid = meta.uid, sandbox = record.sandbox_id, "going on with a pod");
             // A clock that was set back: better from now than in the future.
             let timeline = Timeline::resume(status.timeline, age.and_then(Result::ok).unwrap_or_default());
-            pods.spawn(&meta.uid, record, HashMap::new(), timeline);
+            pods.spawn(&meta.uid, record, host::PodMaterials::default(), timeline);
         }
         // Whoever still needs a snapshot holds it by now.
         let saved = pods.context.saved.clone();
@@ -172,14 +174,8 @@ impl Pods {
         self.actors.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn spawn(
-        &self,
-        uid: &str,
-        record: PodRecord,
-        credentials: HashMap<String, host::RegistryCredentials>,
-        timeline: Timeline,
-    ) {
-        let (actor, handle) = Actor::new(self.context.clone(), record, credentials, timeline);
+    fn spawn(&self, uid: &str, record: PodRecord, materials: host::PodMaterials, timeline: Timeline) {
+        let (actor, handle) = Actor::new(self.context.clone(), record, materials, timeline);
         self.actors().insert(uid.to_owned(), handle);
         tokio::spawn(actor.run());
     }
@@ -193,13 +189,16 @@ impl Pods {
         draining: bool,
     ) -> Result<host::Pod, PodError> {
         let timeline = Timeline::new();
-        let violations = validate::pod(&meta, &spec);
+        let mut violations = validate::pod(&meta, &spec);
+        violations.extend(validate::materials(&materials));
         if !violations.is_empty() {
             return Err(PodError::Invalid(violations));
         }
         let _turn = self.turn.lock().await;
         if let Some(known) = self.context.journal.get(&meta.uid) {
-            return self.update(&known, meta, spec).await;
+            let updated = self.update(&known, meta, spec).await?;
+            self.bring(&known, materials).await?;
+            return Ok(updated);
         }
         if draining {
             return Err(PodError::Draining);
@@ -220,8 +219,38 @@ impl Pods {
         timeline.mark("api.accepted");
         self.context.metrics.pods_accepted.inc();
         self.context.changed();
-        self.spawn(&uid, record, materials.registry_credentials, timeline);
+        self.spawn(&uid, record, materials, timeline);
         self.get(&uid)
+    }
+
+    /// Replaces a pod's materials; answers with their version.
+    pub async fn update_materials(&self, uid: &str, materials: host::PodMaterials) -> Result<u64, PodError> {
+        let violations = validate::materials(&materials);
+        if !violations.is_empty() {
+            return Err(PodError::Invalid(violations));
+        }
+        let not_up = || PodError::NotUp(uid.to_owned());
+        if has_ended(&self.get(uid)?) {
+            return Err(not_up());
+        }
+        let actor = self.actors().get(uid).cloned().ok_or_else(not_up)?;
+        let (reply, answer) = oneshot::channel();
+        actor.send(Command::Materials(Box::new(materials), reply)).await;
+        // A task that has ended meanwhile has dropped the order.
+        answer.await.map_err(|_| not_up())?
+    }
+
+    /// Materials that come with a pod that is known: an earlier flintd's may have lost them before it had a sandbox. Older ones, and those
+    /// of a pod that has ended, are for nobody.
+    async fn bring(&self, known: &host::Pod, materials: host::PodMaterials) -> Result<(), PodError> {
+        if !materials::has_objects(&materials) {
+            return Ok(());
+        }
+        let uid = known.meta.clone().unwrap_or_default().uid;
+        match self.update_materials(&uid, materials).await {
+            Ok(_) | Err(PodError::StaleMaterials { .. } | PodError::NotUp(_)) => Ok(()),
+            Err(error) => Err(error),
+        }
     }
 
     /// What can change while a pod runs: what it is called by, and how long its end may take.

@@ -1,7 +1,5 @@
 //! What a container runs: the image's configuration and the pod's wishes, made one.
 
-use std::collections::BTreeMap;
-
 use flint_api::{guest, host};
 
 use super::machine::StepError;
@@ -70,8 +68,6 @@ pub(super) const ALL_CAPABILITIES: [&str; 41] = [
     "CHECKPOINT_RESTORE",
 ];
 
-const DEFAULT_PATH: &str = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
-
 /// The process of a container; an error is a `CreateContainerConfigError`.
 pub(super) fn process(
     pod: &host::PodSpec,
@@ -86,7 +82,8 @@ pub(super) fn process(
         .find(|dir| !dir.is_empty());
     Ok(guest::Process {
         args,
-        env: env(container, image),
+        // The container's own come over them in the guest (`environment`).
+        env: image.env.clone(),
         working_dir: working_dir.map_or_else(|| "/".into(), Clone::clone),
         user: Some(user),
         capabilities: capabilities(&security),
@@ -112,28 +109,13 @@ fn args(container: &host::Container, image: &ImageConfig) -> Result<Vec<String>,
     Ok(args)
 }
 
-/// The image's variables, then the container's; the later one wins, in the earlier one's place.
-fn env(container: &host::Container, image: &ImageConfig) -> Vec<String> {
-    let mut env: Vec<String> = Vec::new();
-    let mut places: BTreeMap<String, usize> = BTreeMap::new();
-    let own = container.env.iter().map(|var| format!("{}={}", var.name, var.value));
-    for variable in image.env.iter().cloned().chain(own) {
-        let name = variable.split('=').next().unwrap_or_default().to_owned();
-        match places.get(&name).and_then(|place| env.get_mut(*place)) {
-            Some(earlier) => *earlier = variable,
-            None => {
-                places.insert(name, env.len());
-                env.push(variable);
-            }
-        }
+/// How many of a container's arguments are the image's, in which nothing is expanded.
+pub(super) fn image_args(container: &host::Container, image: &ImageConfig) -> usize {
+    match (container.command.is_empty(), container.args.is_empty()) {
+        (false, _) => 0,
+        (true, false) => image.entrypoint.len(),
+        (true, true) => usize::MAX,
     }
-    if !places.contains_key("PATH") {
-        env.insert(0, DEFAULT_PATH.into());
-    }
-    if container.tty && !places.contains_key("TERM") {
-        env.push("TERM=xterm".into());
-    }
-    env
 }
 
 fn user(pod: &host::PodSpec, security: &host::SecurityContext, image: &ImageConfig) -> Result<guest::User, StepError> {
@@ -147,7 +129,7 @@ fn user(pod: &host::PodSpec, security: &host::SecurityContext, image: &ImageConf
         name: image.user.clone(),
         uid,
         gid,
-        additional_gids: of_pod.supplemental_groups,
+        additional_gids: of_pod.supplemental_groups.into_iter().chain(of_pod.fs_group).collect(),
     })
 }
 
@@ -273,22 +255,15 @@ mod tests {
     }
 
     #[test]
-    fn the_containers_variables_win_over_the_images_and_there_is_always_a_path() {
-        let var = |name: &str, value: &str| host::EnvVar {
-            name: name.into(),
-            value: value.into(),
-        };
-        let container = host::Container {
-            env: vec![var("MODE", "own"), var("A", "1"), var("A", "2")],
+    fn only_arguments_of_the_pod_are_expanded() {
+        let container = |command: &[&str], args: &[&str]| host::Container {
+            command: strings(command),
+            args: strings(args),
             ..Default::default()
         };
-        assert_eq!(
-            made(&container, &image()).unwrap().env,
-            ["PATH=/image", "MODE=own", "A=2"]
-        );
-        let mut bare = image();
-        bare.env.clear();
-        assert_eq!(made(&host::Container::default(), &bare).unwrap().env, [DEFAULT_PATH]);
+        assert_eq!(image_args(&container(&["/own"], &["x"]), &image()), 0);
+        assert_eq!(image_args(&container(&[], &["x"]), &image()), 1);
+        assert_eq!(image_args(&container(&[], &[]), &image()), usize::MAX);
     }
 
     #[test]

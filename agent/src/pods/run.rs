@@ -6,7 +6,16 @@ use flint_api::{guest, host};
 use tonic::{Code, Status};
 use tracing::warn;
 
-use super::{Context, attached::Attached, machine::StepError, output::Pump, process, retry::Retry};
+use super::{
+    Context,
+    attached::Attached,
+    environment::{Downward, fs_group},
+    machine::StepError,
+    materials::Materials,
+    output::Pump,
+    process,
+    retry::Retry,
+};
 use crate::{backend::Sandbox, timeline::Timeline};
 
 /// Tries until a guest that does not answer is given up: about 6 s of pauses.
@@ -18,7 +27,9 @@ pub(super) struct Run {
     pub(super) sandbox: Arc<dyn Sandbox>,
     pub(super) timeline: Timeline,
     pub(super) uid: String,
+    pub(super) meta: Arc<host::PodMeta>,
     pub(super) spec: Arc<host::PodSpec>,
+    pub(super) materials: Arc<Materials>,
     /// Index of the container.
     pub(super) index: usize,
     pub(super) run: u32,
@@ -71,10 +82,27 @@ impl Run {
                 _ => {}
             }
         }
-        guest
-            .create_container(self.request(process, format!("image-{position}")))
-            .await
-            .map_err(|status| failed(status.message().to_owned()))?;
+        let addresses = self.sandbox.addresses();
+        let downward = Downward {
+            meta: &self.meta,
+            spec: &self.spec,
+            addresses: &addresses,
+            size: self.context.sizing.of(&self.spec),
+        };
+        let delivered = self.materials.deliver(&self.sandbox, downward.volumes()).await;
+        delivered.map_err(|status| failed(format!("handing its materials over: {}", status.message())))?;
+        let environment = downward.environment(container, process::image_args(container, &image.config));
+        let request = guest::CreateContainerRequest {
+            environment: Some(environment),
+            ..self.request(process, format!("image-{position}"))
+        };
+        let created = guest.create_container(request).await;
+        let created = created
+            .map_err(|status| failed(status.message().to_owned()))?
+            .into_inner();
+        if !created.config_error.is_empty() {
+            return Err(StepError::missing(created.config_error));
+        }
         stage.end();
         Ok(())
     }
@@ -104,6 +132,8 @@ impl Run {
             share_pid_namespace: self.spec.share_process_namespace,
             privileged: security.privileged,
             stdin: container.stdin,
+            environment: None,
+            fs_group: fs_group(&self.spec),
         }
     }
 
@@ -178,16 +208,20 @@ fn mounts(spec: &host::PodSpec, container: &host::Container) -> Vec<guest::Mount
         .map(|volume| (volume.name.as_str(), volume))
         .collect();
     let of = |mount: &host::VolumeMount| {
-        let source = volumes.get(mount.name.as_str())?.source.as_ref()?;
-        let host::volume::Source::EmptyDir(empty) = source;
-        Some(guest::Mount {
-            destination: mount.mount_path.clone(),
-            read_only: mount.read_only,
-            source: Some(guest::mount::Source::PodDirectory(guest::PodDirectory {
+        let source = match volumes.get(mount.name.as_str())?.source.as_ref()? {
+            host::volume::Source::EmptyDir(empty) => guest::mount::Source::PodDirectory(guest::PodDirectory {
                 name: mount.name.clone(),
                 memory: empty.memory,
                 size_bytes: empty.size_limit_bytes,
-            })),
+            }),
+            host::volume::Source::Projected(_) => guest::mount::Source::ProjectedVolume(mount.name.clone()),
+        };
+        Some(guest::Mount {
+            destination: mount.mount_path.clone(),
+            read_only: mount.read_only,
+            sub_path: mount.sub_path.clone(),
+            expand_sub_path: mount.expand_sub_path,
+            source: Some(source),
         })
     };
     container.volume_mounts.iter().filter_map(of).collect()

@@ -1,10 +1,14 @@
 //! What a pod must be like before anything is done for it. Everything wrong is named at once, each with its path.
 
+mod files;
+
 use std::{collections::HashSet, net::IpAddr, ops::RangeInclusive, time::Duration};
 
 use flint_api::host;
 
 use super::process::{ALL_CAPABILITIES, capability};
+
+pub use files::materials;
 
 /// Most containers of a pod: each image is a disk, and a VMM control packet carries 64 descriptors.
 const MAX_CONTAINERS: usize = 16;
@@ -62,7 +66,7 @@ pub fn pod(meta: &host::PodMeta, spec: &host::PodSpec) -> Vec<Violation> {
         "spec.containers",
         &format!("must have 1 to {MAX_CONTAINERS} containers, has {containers}"),
     );
-    let volumes = check_volumes(spec, &mut report);
+    let volumes = files::volumes(spec, &mut report);
     let mut names = HashSet::new();
     for (index, container) in spec.containers.iter().enumerate().take(MAX_CONTAINERS) {
         let path = format!("spec.containers[{index}]");
@@ -72,7 +76,7 @@ pub fn pod(meta: &host::PodMeta, spec: &host::PodSpec) -> Vec<Violation> {
             format!("{path}.name"),
             "must differ from those before it",
         );
-        check_container(container, &path, &volumes, &mut report);
+        check_container(container, spec, &path, &volumes, &mut report);
     }
     check_hooks(spec, &mut report);
     report.0
@@ -183,32 +187,13 @@ fn check_hooks(spec: &host::PodSpec, report: &mut Report) {
     }
 }
 
-fn check_volumes<'a>(spec: &'a host::PodSpec, report: &mut Report) -> HashSet<&'a str> {
-    let mut names = HashSet::new();
-    for (index, volume) in spec.volumes.iter().enumerate() {
-        let path = format!("spec.volumes[{index}]");
-        report.check(is_label(&volume.name), format!("{path}.name"), LABEL);
-        report.check(
-            names.insert(volume.name.as_str()),
-            format!("{path}.name"),
-            "must differ from those before it",
-        );
-        match &volume.source {
-            Some(host::volume::Source::EmptyDir(dir)) if dir.size_limit_bytes > 0 && !dir.memory => report.unsupported(
-                format!("{path}.empty_dir.size_limit_bytes"),
-                "can be kept to in memory only (medium: Memory)",
-            ),
-            Some(_) => {}
-            None => report.unsupported(
-                format!("{path}.source"),
-                "has a kind of source that this flintd does not know",
-            ),
-        }
-    }
-    names
-}
-
-fn check_container(container: &host::Container, path: &str, volumes: &HashSet<&str>, report: &mut Report) {
+fn check_container(
+    container: &host::Container,
+    spec: &host::PodSpec,
+    path: &str,
+    volumes: &HashSet<&str>,
+    report: &mut Report,
+) {
     report.check(
         is_word(&container.image),
         format!("{path}.image"),
@@ -228,19 +213,7 @@ fn check_container(container: &host::Container, path: &str, volumes: &HashSet<&s
             );
         }
     }
-    for (index, var) in container.env.iter().enumerate() {
-        let name = !var.name.is_empty() && !var.name.contains(['=', '\0']);
-        report.check(
-            name,
-            format!("{path}.env[{index}].name"),
-            "must be non-empty, without '=' and NUL",
-        );
-        report.check(
-            !var.value.contains('\0'),
-            format!("{path}.env[{index}].value"),
-            "must not contain NUL",
-        );
-    }
+    files::environment(container, spec, path, report);
     let dir = &container.working_dir;
     report.check(
         dir.is_empty() || is_path(dir),
@@ -274,26 +247,7 @@ fn check_container(container: &host::Container, path: &str, volumes: &HashSet<&s
             "cannot be false for a privileged container",
         );
     }
-    let mut destinations = HashSet::new();
-    for (index, mount) in container.volume_mounts.iter().enumerate() {
-        let path = format!("{path}.volume_mounts[{index}]");
-        report.check(
-            volumes.contains(mount.name.as_str()),
-            format!("{path}.name"),
-            "must name one of spec.volumes",
-        );
-        let right = is_path(&mount.mount_path) && mount.mount_path != "/";
-        report.check(
-            right,
-            format!("{path}.mount_path"),
-            "must be an absolute path without '..', and not the root",
-        );
-        report.check(
-            destinations.insert(&mount.mount_path),
-            format!("{path}.mount_path"),
-            "must be unique",
-        );
-    }
+    files::mounts(container, path, volumes, report);
     for (index, port) in container.ports.iter().enumerate() {
         let path = format!("{path}.ports[{index}]");
         let right = (1..=65535).contains(&port.container_port);
@@ -363,7 +317,7 @@ pub(crate) mod tests {
             volume_mounts: vec![host::VolumeMount {
                 name: "data".into(),
                 mount_path: "/data".into(),
-                read_only: false,
+                ..Default::default()
             }],
             ..Default::default()
         };
@@ -414,6 +368,7 @@ pub(crate) mod tests {
                 spec.containers[0].env = vec![host::EnvVar {
                     name: "A=B".into(),
                     value: String::new(),
+                    ..Default::default()
                 }];
             }),
             ("spec.containers[0].working_dir", |_, spec| {

@@ -218,6 +218,7 @@ mod tests {
         let env = host::EnvVar {
             name: "DB_PASSWORD".into(),
             value: "secret".into(),
+            ..Default::default()
         };
         let container = host::Container {
             name: "main".into(),

@@ -139,7 +139,7 @@ impl Field {
     pub fn text_map(self, findings: &mut Findings) -> HashMap<String, String> {
         let object = self.object(findings);
         object
-            .fields
+            .into_fields()
             .into_iter()
             .map(|(key, field)| (key, field.text(findings)))
             .collect()
@@ -248,6 +248,11 @@ impl Object {
                 format!("{text:?} is not supported; only {} is", allowed.join(" or ")),
             );
         }
+    }
+
+    /// All fields that were not taken, for a mapping whose keys are anybody's.
+    pub fn into_fields(self) -> Vec<(String, Field)> {
+        self.fields
     }
 
     /// Ends the walk over this mapping: whatever was not taken and asks for something is refused by its path.

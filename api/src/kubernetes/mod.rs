@@ -10,9 +10,12 @@
 //!
 //! It lives beside the contracts because everybody who speaks for Kubernetes needs the same mapping.
 
+mod env;
 mod fields;
+mod objects;
 mod pod;
 mod quantity;
+mod volumes;
 
 use std::fmt;
 
@@ -21,6 +24,7 @@ use thiserror::Error;
 
 use crate::host::{PodMeta, PodSpec};
 
+pub use objects::Objects;
 pub use quantity::{Quantity, QuantityError};
 
 /// A pod as a manifest asks for it. `meta.uid` and `meta.generation` are as written there, mostly empty.
@@ -92,24 +96,51 @@ fn list(problems: &[Problem]) -> String {
     problems.iter().map(|problem| format!("\n  {problem}")).collect()
 }
 
+/// What manifests hold.
+#[derive(Debug, Default)]
+pub struct Documents {
+    /// Pods, in their order.
+    pub pods: Vec<Manifest>,
+    /// What they refer to.
+    pub objects: Objects,
+}
+
+/// Reads every document of a manifest, which may hold several: pods, and the configMaps and secrets that they use. All or none.
+///
+/// # Errors
+/// [`ManifestError`], naming each field at fault.
+pub fn documents_from_yaml(text: &str) -> Result<Documents, ManifestError> {
+    // Permissions are written as 0644, by YAML 1.1, which is what Kubernetes reads.
+    let options = serde_saphyr::options! { legacy_octal_numbers: true };
+    let values: Vec<Value> = serde_saphyr::from_multiple_with_options(text, options)
+        .map_err(|error| ManifestError::Syntax(error.to_string()))?;
+    let mut documents = Documents::default();
+    let mut empty = true;
+    for (index, value) in values.into_iter().enumerate().filter(|(_, value)| !value.is_null()) {
+        empty = false;
+        let refused = |problems| ManifestError::Refused {
+            document: index + 1,
+            problems,
+        };
+        if objects::is_object(&value) {
+            documents.objects.add(value).map_err(refused)?;
+        } else {
+            documents.pods.push(pod_from_value(value).map_err(refused)?);
+        }
+    }
+    if empty {
+        Err(ManifestError::Empty)
+    } else {
+        Ok(documents)
+    }
+}
+
 /// Reads every pod of a manifest, which may hold several YAML documents. All or none.
 ///
 /// # Errors
 /// [`ManifestError`], naming each field at fault.
 pub fn pods_from_yaml(text: &str) -> Result<Vec<Manifest>, ManifestError> {
-    let documents: Vec<Value> =
-        serde_saphyr::from_multiple(text).map_err(|error| ManifestError::Syntax(error.to_string()))?;
-    let pods = documents
-        .into_iter()
-        .enumerate()
-        .filter(|(_, document)| !document.is_null())
-        .map(|(index, document)| {
-            pod_from_value(document).map_err(|problems| ManifestError::Refused {
-                document: index + 1,
-                problems,
-            })
-        })
-        .collect::<Result<Vec<_>, _>>()?;
+    let pods = documents_from_yaml(text)?.pods;
     if pods.is_empty() {
         Err(ManifestError::Empty)
     } else {

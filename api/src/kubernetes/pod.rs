@@ -7,10 +7,10 @@ use prost_types::Duration;
 use serde_json::Value;
 
 use super::fields::{Field, Findings, Object};
-use super::{Manifest, Problem};
+use super::{Manifest, Problem, env, volumes};
 use crate::host::{
-    Container, ContainerPort, Dns, EmptyDir, EnvVar, Hook, HostAlias, ImagePullPolicy, PodMeta, PodSecurityContext,
-    PodSpec, Resources, RestartPolicy, SecurityContext, SnapshotHooks, Volume, VolumeMount, volume,
+    Container, ContainerPort, Dns, Hook, HostAlias, ImagePullPolicy, PodMeta, PodSecurityContext, PodSpec, Resources,
+    RestartPolicy, SecurityContext, SnapshotHooks, Volume,
 };
 
 const NO_SCHEDULER: &str = "speaks to a scheduler; the pod is already on its host";
@@ -69,7 +69,7 @@ fn snapshot_hooks(meta: &PodMeta, findings: &mut Findings) -> Option<SnapshotHoo
     (hooks != SnapshotHooks::default()).then_some(hooks)
 }
 
-fn require_word(object: &mut Object, name: &str, word: &str, findings: &mut Findings) {
+pub(super) fn require_word(object: &mut Object, name: &str, word: &str, findings: &mut Findings) {
     let Some(field) = object.require(name, findings) else {
         return;
     };
@@ -114,7 +114,7 @@ fn metadata(field: Field, findings: &mut Findings) -> PodMeta {
 }
 
 /// A name by RFC 1123: lower-case letters, digits, `-` and (between labels) `.`.
-fn dns_name(field: Field, longest: usize, findings: &mut Findings) -> String {
+pub(super) fn dns_name(field: Field, longest: usize, findings: &mut Findings) -> String {
     let path = field.path.clone();
     let name = field.text(findings);
     let label = |label: &str| {
@@ -134,7 +134,7 @@ fn dns_name(field: Field, longest: usize, findings: &mut Findings) -> String {
 
 fn spec(field: Field, findings: &mut Findings) -> PodSpec {
     let mut object = field.object(findings);
-    let volumes = list(&mut object, "volumes", findings, volume);
+    let volumes = list(&mut object, "volumes", findings, volumes::volume);
     let containers = list(&mut object, "containers", findings, container);
     if containers.is_empty() {
         findings.invalid(&object.join("containers"), "must have at least one container");
@@ -173,6 +173,9 @@ fn spec(field: Field, findings: &mut Findings) -> PodSpec {
             .map(|field| pod_security_context(field, findings)),
         scratch_bytes: 0,
         snapshot_hooks: None,
+        node_name: object.text("nodeName", findings),
+        service_account_name: service_account(&mut object, findings),
+        host_ips: Vec::new(),
     };
     accept_defaults(&mut object, findings);
     object.finish(findings);
@@ -183,7 +186,6 @@ fn spec(field: Field, findings: &mut Findings) -> PodSpec {
 fn accept_defaults(object: &mut Object, findings: &mut Findings) {
     let placement = [
         "affinity",
-        "nodeName",
         "nodeSelector",
         "preemptionPolicy",
         "priority",
@@ -202,8 +204,14 @@ fn accept_defaults(object: &mut Object, findings: &mut Findings) {
             "true is not supported without a cluster",
         );
     }
-    let account = ["serviceAccount", "serviceAccountName", "enableServiceLinks"];
-    object.without_effect(&account, NO_CLUSTER, findings);
+    object.without_effect(&["enableServiceLinks"], NO_CLUSTER, findings);
+}
+
+/// By its present name or its former one.
+fn service_account(object: &mut Object, findings: &mut Findings) -> String {
+    let former = object.text("serviceAccount", findings);
+    let present = object.text("serviceAccountName", findings);
+    if present.is_empty() { former } else { present }
 }
 
 fn dns(object: &mut Object, findings: &mut Findings) -> Option<Dns> {
@@ -293,7 +301,8 @@ fn container(field: Field, findings: &mut Findings) -> Container {
         image,
         command: object.texts("command", findings),
         args: object.texts("args", findings),
-        env: list(&mut object, "env", findings, env_var),
+        env: list(&mut object, "env", findings, env::variable),
+        env_from: list(&mut object, "envFrom", findings, env::from),
         working_dir: object
             .take("workingDir")
             .map(|field| absolute(field, findings))
@@ -304,7 +313,7 @@ fn container(field: Field, findings: &mut Findings) -> Container {
         security_context: object
             .take("securityContext")
             .map(|field| security_context(field, findings)),
-        volume_mounts: list(&mut object, "volumeMounts", findings, volume_mount),
+        volume_mounts: list(&mut object, "volumeMounts", findings, volumes::mount),
         ports: list(&mut object, "ports", findings, port),
     };
     object.only("terminationMessagePath", &["/dev/termination-log"], findings);
@@ -324,21 +333,7 @@ fn default_pull_policy(image: &str) -> ImagePullPolicy {
     }
 }
 
-fn env_var(field: Field, findings: &mut Findings) -> EnvVar {
-    let mut object = field.object(findings);
-    let name = object
-        .require("name", findings)
-        .map(|field| field.text(findings))
-        .unwrap_or_default();
-    if name.contains('=') || name.contains('\0') {
-        findings.invalid(&object.join("name"), format!("{name:?} must not contain '=' or NUL"));
-    }
-    let value = object.text("value", findings);
-    object.finish(findings);
-    EnvVar { name, value }
-}
-
-fn absolute(field: Field, findings: &mut Findings) -> String {
+pub(super) fn absolute(field: Field, findings: &mut Findings) -> String {
     let path = field.path.clone();
     let text = field.text(findings);
     if !text.starts_with('/') {
@@ -432,7 +427,10 @@ fn pod_security_context(field: Field, findings: &mut Findings) -> PodSecurityCon
         sysctls: list(&mut object, "sysctls", findings, sysctl)
             .into_iter()
             .collect::<HashMap<_, _>>(),
+        fs_group: object.take("fsGroup").map(|field| field.id(findings)),
     };
+    // Every volume of Flint's is made for its pod, so both policies come to the same.
+    object.only("fsGroupChangePolicy", &["Always", "OnRootMismatch"], findings);
     object.finish(findings);
     context
 }
@@ -449,53 +447,6 @@ fn sysctl(field: Field, findings: &mut Findings) -> (String, String) {
         .unwrap_or_default();
     object.finish(findings);
     (name, value)
-}
-
-fn volume(field: Field, findings: &mut Findings) -> Volume {
-    let mut object = field.object(findings);
-    let name = object
-        .require("name", findings)
-        .map(|field| dns_name(field, 63, findings))
-        .unwrap_or_default();
-    let source = object.take("emptyDir").map(|field| {
-        let mut dir = field.object(findings);
-        let medium = dir
-            .take("medium")
-            .and_then(|field| field.word(&[("", false), ("Memory", true)], findings));
-        let limit = dir.take("sizeLimit").and_then(|field| field.quantity(findings));
-        dir.finish(findings);
-        let size_limit_bytes = limit.map(super::Quantity::units).unwrap_or_default();
-        volume::Source::EmptyDir(EmptyDir {
-            memory: medium.unwrap_or_default(),
-            size_limit_bytes,
-        })
-    });
-    let path = object.path.clone();
-    let before = findings.problems.len();
-    object.finish(findings);
-    if source.is_none() && findings.problems.len() == before {
-        findings.invalid(&path, "has no source; write for example emptyDir: {}");
-    }
-    Volume { name, source }
-}
-
-fn volume_mount(field: Field, findings: &mut Findings) -> VolumeMount {
-    let mut object = field.object(findings);
-    let mount = VolumeMount {
-        name: object
-            .require("name", findings)
-            .map(|field| field.text(findings))
-            .unwrap_or_default(),
-        mount_path: object
-            .require("mountPath", findings)
-            .map(|field| absolute(field, findings))
-            .unwrap_or_default(),
-        read_only: object.boolean("readOnly", findings),
-    };
-    object.only("recursiveReadOnly", &["Disabled"], findings);
-    object.only("mountPropagation", &["None"], findings);
-    object.finish(findings);
-    mount
 }
 
 fn port(field: Field, findings: &mut Findings) -> ContainerPort {
@@ -516,7 +467,7 @@ fn port(field: Field, findings: &mut Findings) -> ContainerPort {
     port
 }
 
-fn list<T>(
+pub(super) fn list<T>(
     object: &mut Object,
     name: &str,
     findings: &mut Findings,

@@ -91,7 +91,7 @@ spec:
   - name: main
     image: a:1
     livenessProbe: {httpGet: {port: 1}}
-    env: [{name: A, valueFrom: {fieldRef: {fieldPath: status.podIP}}}]
+    env: [{name: A, valueFrom: {fieldRef: {fieldPath: status.phase}}}]
     comand: [typo]
   volumes:
   - {name: data, hostPath: {path: /}}
@@ -103,7 +103,7 @@ spec:
         "spec.hostNetwork",
         "spec.initContainers",
         "spec.containers[0].livenessProbe",
-        "spec.containers[0].env[0].valueFrom",
+        "spec.containers[0].env[0].valueFrom.fieldRef.fieldPath",
         "spec.containers[0].comand",
         "spec.volumes[0].hostPath",
     ] {
@@ -293,5 +293,240 @@ fn size_and_depth_are_bounded() {
     for (open, close) in [("[", "]"), ("{a: ", "}"), ("- ", "")] {
         let deep = format!("{}x{}", open.repeat(50_000), close.repeat(50_000));
         assert!(pods_from_yaml(&deep).is_err(), "{open}");
+    }
+}
+
+const FULL: &str = "
+apiVersion: v1
+kind: ConfigMap
+metadata: {name: config, labels: {a: b}}
+data: {level: debug}
+binaryData: {blob: AP8=}
+---
+apiVersion: v1
+kind: Secret
+type: Opaque
+metadata: {name: login}
+data: {password: aHVudGVyMg==, user: eA==}
+stringData: {user: admin}
+---
+apiVersion: v1
+kind: Secret
+metadata: {name: other, namespace: elsewhere}
+---
+apiVersion: v1
+kind: Pod
+metadata: {name: hello}
+spec:
+  nodeName: node-1
+  securityContext: {fsGroup: 2000}
+  containers:
+  - name: main
+    image: a:1
+    envFrom:
+    - {prefix: C_, configMapRef: {name: config}}
+    - {secretRef: {name: none, optional: true}}
+    env:
+    - {name: IP, valueFrom: {fieldRef: {fieldPath: status.podIP}}}
+    - {name: MIB, valueFrom: {resourceFieldRef: {resource: limits.memory, divisor: 1Mi}}}
+    - {name: PASSWORD, valueFrom: {secretKeyRef: {name: login, key: password}}}
+    volumeMounts:
+    - {name: all, mountPath: /all}
+    - {name: all, mountPath: /one, subPathExpr: $(IP)/x}
+  volumes:
+  - name: all
+    projected:
+      defaultMode: 0440
+      sources:
+      - {secret: {name: login, items: [{key: user, path: deep/user, mode: 0400}]}}
+      - {downwardAPI: {items: [{path: labels, fieldRef: {fieldPath: metadata.labels}}]}}
+      - {serviceAccountToken: {path: token, audience: vault, expirationSeconds: 600}}
+  - {name: config, configMap: {name: config, optional: true}}
+";
+
+#[test]
+fn a_pod_gets_the_objects_of_its_manifest_that_it_refers_to() {
+    let documents = documents_from_yaml(FULL).unwrap();
+    let pod = &documents.pods[0];
+    assert!(pod.notes.is_empty(), "{:?}", pod.notes);
+
+    let materials = documents.objects.materials_of("default", &pod.spec);
+
+    let config = &materials.config_maps["config"];
+    assert_eq!(
+        (config.data["level"].as_str(), &config.binary_data["blob"][..]),
+        ("debug", &[0, 255][..])
+    );
+    let login = &materials.secrets["login"].data;
+    assert_eq!(
+        (&login["password"][..], &login["user"][..]),
+        (&b"hunter2"[..], &b"admin"[..])
+    );
+    assert_eq!((materials.config_maps.len(), materials.secrets.len()), (1, 1));
+    let elsewhere = documents.objects.materials_of("elsewhere", &pod.spec);
+    assert!(elsewhere.secrets.is_empty() && elsewhere.config_maps.is_empty());
+}
+
+#[test]
+fn environments_volumes_and_mounts_are_mapped_whole() {
+    use crate::host::{env_source, projected_source, volume};
+    let spec = documents_from_yaml(FULL).unwrap().pods.remove(0).spec;
+
+    assert_eq!(
+        (spec.node_name.as_str(), spec.security_context.unwrap().fs_group),
+        ("node-1", Some(2000))
+    );
+    let container = &spec.containers[0];
+    assert_eq!(container.env_from[0].prefix, "C_");
+    let source = container.env[1].source.clone().unwrap().source.unwrap();
+    let env_source::Source::Resource(resource) = source else {
+        panic!("{source:?}")
+    };
+    assert_eq!(
+        (resource.resource.as_str(), resource.divisor),
+        ("limits.memory", 1 << 20)
+    );
+    let mount = &container.volume_mounts[1];
+    assert_eq!((mount.sub_path.as_str(), mount.expand_sub_path), ("$(IP)/x", true));
+    let Some(volume::Source::Projected(all)) = &spec.volumes[0].source else {
+        panic!("{:?}", spec.volumes)
+    };
+    assert_eq!(all.default_mode, Some(0o440), "octal, as Kubernetes reads it");
+    let Some(projected_source::Source::Secret(secret)) = &all.sources[0].source else {
+        panic!("{all:?}")
+    };
+    assert_eq!(
+        (secret.items[0].path.as_str(), secret.items[0].mode),
+        ("deep/user", Some(0o400))
+    );
+    let Some(projected_source::Source::Token(token)) = &all.sources[2].source else {
+        panic!("{all:?}")
+    };
+    assert_eq!((token.audience.as_str(), token.expiration_seconds), ("vault", 600));
+}
+
+#[test]
+fn wrong_references_and_files_are_refused_by_their_path() {
+    let env = "spec.containers[0].env[2].valueFrom";
+    let source = "spec.volumes[0].projected.sources[0].secret";
+    let long = "x".repeat(300);
+    let cases = [
+        (
+            "secretKeyRef: {name: login, key: password}",
+            "secretKeyRef: {name: ../a, key: k}".to_owned(),
+            format!("{env}.secretKeyRef.name"),
+        ),
+        (
+            "secretKeyRef: {name: login, key: password}",
+            format!("secretKeyRef: {{name: {long}, key: k}}"),
+            format!("{env}.secretKeyRef.name"),
+        ),
+        (
+            "secretKeyRef: {name: login, key: password}",
+            "secretKeyRef: {name: login, key: ../k}".to_owned(),
+            format!("{env}.secretKeyRef.key"),
+        ),
+        (
+            "secretKeyRef: {name: login, key: password}",
+            "secretKeyRef: {name: login}".to_owned(),
+            format!("{env}.secretKeyRef.key"),
+        ),
+        (
+            "secretKeyRef: {name: login, key: password}",
+            "fileKeyRef: {path: x}".to_owned(),
+            format!("{env}.fileKeyRef"),
+        ),
+        (
+            "{secretKeyRef: {name: login, key: password}}",
+            "{}".to_owned(),
+            env.to_owned(),
+        ),
+        (
+            "divisor: 1Mi",
+            "divisor: 3".to_owned(),
+            "spec.containers[0].env[1].valueFrom.resourceFieldRef.divisor".to_owned(),
+        ),
+        (
+            "path: deep/user",
+            "path: ../user".to_owned(),
+            format!("{source}.items[0].path"),
+        ),
+        (
+            "path: deep/user",
+            "path: /user".to_owned(),
+            format!("{source}.items[0].path"),
+        ),
+        (
+            "path: deep/user",
+            "path: ..data".to_owned(),
+            format!("{source}.items[0].path"),
+        ),
+        (
+            "path: deep/user",
+            "path: \"a\\0b\"".to_owned(),
+            format!("{source}.items[0].path"),
+        ),
+        (
+            "mode: 0400",
+            "mode: 01000".to_owned(),
+            format!("{source}.items[0].mode"),
+        ),
+        ("mode: 0400", "mode: -1".to_owned(), format!("{source}.items[0].mode")),
+        (
+            "expirationSeconds: 600",
+            "expirationSeconds: 5".to_owned(),
+            "spec.volumes[0].projected.sources[2].serviceAccountToken.expirationSeconds".to_owned(),
+        ),
+        (
+            "subPathExpr: $(IP)/x",
+            "subPath: ../x".to_owned(),
+            "spec.containers[0].volumeMounts[1].subPath".to_owned(),
+        ),
+        (
+            "subPathExpr: $(IP)/x",
+            "subPath: a, subPathExpr: b".to_owned(),
+            "spec.containers[0].volumeMounts[1].subPathExpr".to_owned(),
+        ),
+        (
+            "configMap: {name: config, optional: true}",
+            "configMap: {name: config}, emptyDir: {}".to_owned(),
+            "spec.volumes[1]".to_owned(),
+        ),
+        (
+            "prefix: C_",
+            "prefix: A=".to_owned(),
+            "spec.containers[0].envFrom[0].prefix".to_owned(),
+        ),
+        (
+            "data: {level: debug}",
+            "data: {../level: debug}".to_owned(),
+            "data.../level".to_owned(),
+        ),
+        (
+            "data: {level: debug}",
+            "data: {blob: debug}".to_owned(),
+            "binaryData.blob".to_owned(),
+        ),
+        (
+            "data: {level: debug}",
+            "data: {level: 1}".to_owned(),
+            "data.level".to_owned(),
+        ),
+        (
+            "data: {level: debug}",
+            format!("data: {{level: {}}}", "x".repeat(1 << 20)),
+            "data".to_owned(),
+        ),
+        ("aHVudGVyMg==", "'%%%'".to_owned(), "data.password".to_owned()),
+        ("type: Opaque", "typo: Opaque".to_owned(), "typo".to_owned()),
+    ];
+    for (from, to, path) in cases {
+        assert!(FULL.contains(from), "{from}");
+        let refused = documents_from_yaml(&FULL.replacen(from, &to, 1));
+        let Err(ManifestError::Refused { problems, .. }) = refused else {
+            panic!("{path}: {refused:?}")
+        };
+        let paths: Vec<_> = problems.into_iter().map(|problem| problem.path).collect();
+        assert_eq!(paths, [path]);
     }
 }

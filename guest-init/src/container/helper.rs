@@ -13,7 +13,7 @@ use std::{
     process::ExitCode,
 };
 
-use flint_api::guest::{CreateContainerRequest, ExecStart, Mount, User, mount::Source};
+use flint_api::guest::{CreateContainerRequest, ExecStart, User, mount::Source};
 use libcontainer::{
     container::{Container, ContainerStatus, builder::ContainerBuilder},
     error::LibcontainerError,
@@ -31,6 +31,7 @@ use super::{
     report::{Report, send_to},
     root::{ContainerRoot, RootError},
     spec::{self, SpecError, Surroundings},
+    subpath::{self, SubPathError},
     user::{self, Resolved, UserError},
 };
 use crate::{
@@ -58,6 +59,8 @@ enum HelperError {
     Process(#[from] SpecError),
     #[error(transparent)]
     User(#[from] UserError),
+    #[error(transparent)]
+    SubPath(#[from] SubPathError),
     #[error(transparent)]
     Root(#[from] RootError),
     #[error("reading or writing the runtime specification")]
@@ -139,10 +142,11 @@ fn create(id: &str, arguments: Arguments, report: &OwnedFd) -> Result<i32> {
     let id = Name::parse("container", id)?;
     let request = CreateContainerRequest::decode(take_file(&paths::bundle(&id).join("request"))?.as_slice())?;
     mount_overlay(&id, &request)?;
+    subpath::bind_all(&id, &request)?;
     let root = ContainerRoot::open(&paths::rootfs(&id))?;
     let process = request.process.clone().unwrap_or_default();
     let user = resolve(&root, &process.user.clone().unwrap_or_default())?;
-    create_working_dir(&root, &request, &process.working_dir)?;
+    create_working_dir(&root, &id, &request, &process.working_dir)?;
     let surroundings = Surroundings {
         user,
         pid_namespace: arguments.pause.map(|pid| format!("/proc/{pid}/ns/pid").into()),
@@ -312,26 +316,33 @@ fn mount_overlay(id: &Name, request: &CreateContainerRequest) -> Result<()> {
 }
 
 /// In the directory that is mounted where the working directory lies, or in the root.
-fn create_working_dir(root: &ContainerRoot, request: &CreateContainerRequest, working_dir: &str) -> Result<()> {
+fn create_working_dir(
+    root: &ContainerRoot,
+    id: &Name,
+    request: &CreateContainerRequest,
+    working_dir: &str,
+) -> Result<()> {
     let working_dir = Path::new(working_dir);
-    let covering = request
-        .mounts
-        .iter()
-        .filter(|mount| working_dir.starts_with(&mount.destination));
-    let innermost = covering.max_by_key(|mount| mount.destination.len());
-    let Some(Mount {
-        destination,
-        source: Some(Source::PodDirectory(directory)),
-        ..
-    }) = innermost
-    else {
+    let mounts = request.mounts.iter().enumerate();
+    let covering = mounts.filter(|(_, mount)| working_dir.starts_with(&mount.destination));
+    let innermost = covering.max_by_key(|(_, mount)| mount.destination.len());
+    let Some((index, mount)) = innermost else {
         return Ok(root.create_dir_all(working_dir)?);
     };
-    let name = Name::parse("pod directory", &directory.name)?;
-    let path = paths::pod_directory(spec::scratch_serial(request)?.as_ref(), &name, directory.memory);
-    // starts_with above makes the prefix sure.
-    let inside = working_dir.strip_prefix(destination).unwrap_or(Path::new(""));
-    Ok(ContainerRoot::open(&path)?.create_dir_all(inside)?)
+    match &mount.source {
+        Some(Source::PodDirectory(_)) => {
+            let path = spec::mount_source(id, request, index, mount)?.unwrap_or_default();
+            // starts_with above makes the prefix sure.
+            let inside = working_dir.strip_prefix(&mount.destination).unwrap_or(Path::new(""));
+            if path.is_file() {
+                return Ok(());
+            }
+            Ok(ContainerRoot::open(&path)?.create_dir_all(inside)?)
+        }
+        // Nothing can be made in it.
+        Some(Source::ProjectedVolume(_)) => Ok(()),
+        Some(Source::Tmpfs(_)) | None => Ok(root.create_dir_all(working_dir)?),
+    }
 }
 
 fn has_message_queues() -> bool {

@@ -17,6 +17,7 @@ mod report;
 mod root;
 pub mod runtime;
 pub mod spec;
+mod subpath;
 mod user;
 
 use std::{
@@ -68,6 +69,12 @@ pub enum ContainerError {
     /// Disks.
     #[error(transparent)]
     Storage(#[from] crate::storage::StorageError),
+    /// What its configuration refers to is not there.
+    #[error(transparent)]
+    Config(crate::materials::ConfigError),
+    /// Materials.
+    #[error(transparent)]
+    Materials(crate::materials::MaterialsError),
     /// The helper failed.
     #[error("making the process of container {id}")]
     Launch {
@@ -92,6 +99,15 @@ pub enum ContainerError {
     },
 }
 
+impl From<crate::materials::PrepareError> for ContainerError {
+    fn from(error: crate::materials::PrepareError) -> Self {
+        match error {
+            crate::materials::PrepareError::Config(error) => Self::Config(error),
+            crate::materials::PrepareError::Materials(error) => Self::Materials(error),
+        }
+    }
+}
+
 impl From<ContainerError> for Status {
     fn from(error: ContainerError) -> Self {
         let text = chain(&error);
@@ -101,6 +117,9 @@ impl From<ContainerError> for Status {
             ContainerError::State { .. } | ContainerError::NoImage(_) => Self::failed_precondition(text),
             ContainerError::Spec(_) | ContainerError::Name(_) => Self::invalid_argument(text),
             ContainerError::Storage(error) => error.into(),
+            ContainerError::Materials(error) => error.into(),
+            // CreateContainer says it in its answer.
+            ContainerError::Config(_) => Self::failed_precondition(text),
             ContainerError::Launch { .. } | ContainerError::Io { .. } | ContainerError::Cgroup { .. } => {
                 Self::internal(text)
             }

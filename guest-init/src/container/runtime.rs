@@ -24,10 +24,11 @@ use super::{
     Container, ContainerError, State, exit_of,
     launch::{self, Launch, Launched},
     report::Reports,
-    spec,
+    spec, subpath,
 };
 use crate::{
     cgroup::Cgroup,
+    materials::Store as Materials,
     output::{OutputBuffer, Stream},
     paths::{self, Name},
     reaper::{EndReceiver, Reaper},
@@ -46,6 +47,7 @@ struct Inner {
     table: TableMutex<HashMap<String, Arc<Container>>>,
     reaper: Reaper,
     storage: Storage,
+    materials: Materials,
     /// First process of the PID namespace that containers share, once one asked for it.
     pause: Mutex<Option<i32>>,
 }
@@ -88,8 +90,14 @@ impl Containers {
             table: TableMutex::default(),
             reaper,
             storage,
+            materials: Materials::default(),
             pause,
         }))
+    }
+
+    /// What environments and volumes are made from.
+    pub fn materials(&self) -> &Materials {
+        &self.0.materials
     }
 
     /// The reaper that their processes end at.
@@ -117,13 +125,14 @@ impl Containers {
     }
 
     /// Prepares a container up to its start.
-    pub async fn create(&self, request: CreateContainerRequest) -> Result<()> {
+    pub async fn create(&self, mut request: CreateContainerRequest) -> Result<()> {
         let id = Name::parse("container", &request.container_id)?;
         let image = Name::parse("image", &request.image_id)?;
         spec::check(&request)?;
         if !self.0.storage.has_image(&image).await {
             return Err(ContainerError::NoImage(image.to_string()));
         }
+        self.0.materials.prepare(&mut request).await?;
         let container = self.register(&id, &request)?;
         let made = self.make(&container, &request).await;
         if made.is_err() {
@@ -165,7 +174,7 @@ impl Containers {
                 let name = Name::parse("pod directory", &directory.name)?;
                 self.0
                     .storage
-                    .pod_directory(scratch, &name, directory.memory, directory.size_bytes)
+                    .pod_directory(scratch, &name, directory.memory, directory.size_bytes, request.fs_group)
                     .await?;
             }
         }
@@ -357,6 +366,7 @@ async fn remove_traces(container: &Container) -> Result<()> {
         source,
     };
     container.cgroup.remove().await.map_err(failed)?;
+    subpath::release(&container.id).map_err(container.io("unmounting parts of its volumes"))?;
     let rootfs = paths::rootfs(&container.id);
     // EINVAL: it is no mount point (any more), ENOENT: it never came to be.
     match umount2(&rootfs, MntFlags::MNT_DETACH) {

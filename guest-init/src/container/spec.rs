@@ -101,7 +101,17 @@ pub fn check(request: &CreateContainerRequest) -> Result<(), SpecError> {
             Some(Source::PodDirectory(directory)) => {
                 Name::parse("pod directory", &directory.name)?;
             }
+            Some(Source::ProjectedVolume(name)) => {
+                Name::parse("volume", name)?;
+            }
+            Some(Source::Tmpfs(_)) if !mount.sub_path.is_empty() => {
+                return Err(invalid(format!("{field}.sub_path"), "a tmpfs of its own has no parts"));
+            }
             Some(Source::Tmpfs(_)) => {}
+        }
+        if !mount.expand_sub_path && !is_below(&mount.sub_path) {
+            let problem = format!("{:?} is not a relative path without \"..\"", mount.sub_path);
+            return Err(invalid(format!("{field}.sub_path"), problem));
         }
     }
     if let Some(weight) = request
@@ -112,6 +122,11 @@ pub fn check(request: &CreateContainerRequest) -> Result<(), SpecError> {
         return Err(invalid("resources.cpu_weight", format!("{weight} is above 10000")));
     }
     Ok(())
+}
+
+/// Whether a path leads to nothing but what is below where it begins, links aside.
+fn is_below(path: &str) -> bool {
+    !path.starts_with('/') && !path.contains('\0') && path.split('/').all(|part| part != "..")
 }
 
 /// Checks a process, of a container or of an exec.
@@ -160,7 +175,7 @@ pub fn build(request: &CreateContainerRequest, container: &Name, around: Surroun
         .version("1.2.0")
         .root(root)
         .process(process)
-        .mounts(mounts(request, around.message_queues)?)
+        .mounts(mounts(request, container, around.message_queues)?)
         .linux(linux(request, container, around)?)
         .build()?;
     // The builder's default names one; the UTS namespace is the guest's, and its host name the pod's.
@@ -389,7 +404,7 @@ fn limits(resources: ContainerResources) -> HashMap<String, String> {
         .collect()
 }
 
-fn mounts(request: &CreateContainerRequest, message_queues: bool) -> Result<Vec<Mount>, SpecError> {
+fn mounts(request: &CreateContainerRequest, container: &Name, message_queues: bool) -> Result<Vec<Mount>, SpecError> {
     let sys = if request.privileged { "rw" } else { "ro" };
     let mut mounts = vec![
         mount("/proc", "proc", "proc", &["nosuid", "noexec", "nodev"])?,
@@ -446,33 +461,64 @@ fn mounts(request: &CreateContainerRequest, message_queues: bool) -> Result<Vec<
             )?);
         }
     }
-    for requested in &request.mounts {
-        mounts.push(requested_mount(request, requested)?);
+    // One within another's destination comes after it.
+    let mut in_order: Vec<_> = request.mounts.iter().enumerate().collect();
+    in_order.sort_by_key(|(_, mount)| std::path::Path::new(&mount.destination).components().count());
+    for (index, requested) in in_order {
+        mounts.push(requested_mount(request, container, index, requested)?);
     }
     Ok(mounts)
 }
 
-fn requested_mount(request: &CreateContainerRequest, requested: &RequestedMount) -> Result<Mount, SpecError> {
-    let access = if requested.read_only { "ro" } else { "rw" };
-    match &requested.source {
-        Some(Source::Tmpfs(tmpfs)) => {
-            let size = (tmpfs.size_bytes > 0).then(|| format!("size={}", tmpfs.size_bytes));
-            let mut options = vec!["nosuid", "nodev", "mode=1777", access];
-            options.extend(size.as_deref());
-            mount(&requested.destination, "tmpfs", "tmpfs", &options)
-        }
+fn requested_mount(
+    request: &CreateContainerRequest,
+    container: &Name,
+    index: usize,
+    requested: &RequestedMount,
+) -> Result<Mount, SpecError> {
+    let projected = matches!(requested.source, Some(Source::ProjectedVolume(_)));
+    let access = if requested.read_only || projected { "ro" } else { "rw" };
+    if let Some(Source::Tmpfs(tmpfs)) = &requested.source {
+        let size = (tmpfs.size_bytes > 0).then(|| format!("size={}", tmpfs.size_bytes));
+        let mut options = vec!["nosuid", "nodev", "mode=1777", access];
+        options.extend(size.as_deref());
+        return mount(&requested.destination, "tmpfs", "tmpfs", &options);
+    }
+    let source = mount_source(container, request, index, requested)?;
+    let source = source.ok_or_else(|| invalid("mounts", "has no source"))?;
+    mount(
+        &requested.destination,
+        "bind",
+        &source.display().to_string(),
+        &["rbind", access],
+    )
+}
+
+/// What is mounted: the volume, or where a part of it is bound. `None`: a tmpfs of its own.
+pub fn mount_source(
+    container: &Name,
+    request: &CreateContainerRequest,
+    index: usize,
+    requested: &RequestedMount,
+) -> Result<Option<PathBuf>, SpecError> {
+    let volume = volume(request, requested)?;
+    Ok(volume.map(|volume| match requested.sub_path.as_str() {
+        "" => volume,
+        _ => paths::sub_path(container, index),
+    }))
+}
+
+/// Folder of the volume that a mount shows, or shows a part of.
+pub fn volume(request: &CreateContainerRequest, requested: &RequestedMount) -> Result<Option<PathBuf>, SpecError> {
+    Ok(match &requested.source {
         Some(Source::PodDirectory(directory)) => {
             let name = Name::parse("pod directory", &directory.name)?;
-            let path = paths::pod_directory(scratch_serial(request)?.as_ref(), &name, directory.memory);
-            mount(
-                &requested.destination,
-                "bind",
-                &path.display().to_string(),
-                &["rbind", access],
-            )
+            let serial = scratch_serial(request)?;
+            Some(paths::pod_directory(serial.as_ref(), &name, directory.memory))
         }
-        None => Err(invalid("mounts", "has no source")),
-    }
+        Some(Source::ProjectedVolume(name)) => Some(paths::projected_volume(&Name::parse("volume", name)?)),
+        Some(Source::Tmpfs(_)) | None => None,
+    })
 }
 
 /// The scratch disk's serial; `None` for a tmpfs.

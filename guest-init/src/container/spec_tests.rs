@@ -158,21 +158,25 @@ fn mounts_come_from_where_the_pod_keeps_them() {
                 destination: "/disk".into(),
                 read_only: true,
                 source: directory(false),
+                ..Default::default()
             },
             RequestedMount {
                 destination: "/mem".into(),
                 read_only: false,
                 source: directory(true),
+                ..Default::default()
             },
             RequestedMount {
                 destination: "/own".into(),
                 read_only: false,
                 source: Some(Source::Tmpfs(Tmpfs { size_bytes: 4096 })),
+                ..Default::default()
             },
             RequestedMount {
                 destination: "/etc/hosts".into(),
                 read_only: false,
                 source: directory(true),
+                ..Default::default()
             },
         ];
     })
@@ -220,6 +224,7 @@ fn each_bad_field_is_named() {
                 destination: destination.into(),
                 read_only: false,
                 source,
+                ..Default::default()
             });
         });
         assert!(

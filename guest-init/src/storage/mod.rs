@@ -158,6 +158,7 @@ impl Storage {
         name: &Name,
         memory: bool,
         size: u64,
+        group: Option<u32>,
     ) -> Result<(), StorageError> {
         let path = paths::pod_directory(serial, name, memory);
         let mut mounted = self.0.lock().await;
@@ -189,13 +190,17 @@ impl Storage {
             .await?;
         } else if size == 0 {
             create(&path)?;
-            let open = std::os::unix::fs::PermissionsExt::from_mode(0o777);
-            fs::set_permissions(&path, open).map_err(|source| StorageError::Create {
+            set_mode(&path, 0o777)?;
+        } else {
+            return Err(StorageError::NoQuota { name: name.to_string() });
+        }
+        if let Some(group) = group {
+            // New files in it are the group's, too (Kubernetes, fsGroup).
+            std::os::unix::fs::chown(&path, None, Some(group)).map_err(|source| StorageError::Create {
                 path: path.clone(),
                 source,
             })?;
-        } else {
-            return Err(StorageError::NoQuota { name: name.to_string() });
+            set_mode(&path, 0o2777)?;
         }
         mounted.directories.insert(path, size);
         Ok(())
@@ -209,6 +214,14 @@ impl Storage {
             }
         }
     }
+}
+
+fn set_mode(path: &Path, mode: u32) -> Result<(), StorageError> {
+    let open = std::os::unix::fs::PermissionsExt::from_mode(mode);
+    fs::set_permissions(path, open).map_err(|source| StorageError::Create {
+        path: path.to_owned(),
+        source,
+    })
 }
 
 fn create(path: &Path) -> Result<(), StorageError> {

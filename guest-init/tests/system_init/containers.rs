@@ -161,6 +161,7 @@ pub async fn keeps_users_and_limits(client: &mut Client) {
             destination: "/mnt/tmp".into(),
             read_only: false,
             source: Some(tmpfs),
+            ..Default::default()
         }],
         resources: Some(ContainerResources {
             cpu_limit_milli: 500,
@@ -201,6 +202,7 @@ pub async fn shares_what_a_pod_shares(client: &mut Client) {
             destination: format!("/{name}"),
             read_only: false,
             source: Some(source),
+            ..Default::default()
         }
     };
     let mounts = vec![directory("disk", false), directory("mem", true)];

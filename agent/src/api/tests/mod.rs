@@ -2,6 +2,7 @@
 
 mod forks;
 mod hooks;
+mod materials;
 mod pause;
 mod registry;
 mod scripted;

@@ -63,6 +63,8 @@ pub(super) struct ScriptedGuest {
     signals: Arc<Mutex<Vec<u32>>>,
     failures: Arc<AtomicU32>,
     refusal: Arc<Mutex<Option<String>>>,
+    /// As they were handed over.
+    pub(super) materials: Arc<watch::Sender<guest::SetMaterialsRequest>>,
 }
 
 impl ScriptedGuest {
@@ -158,6 +160,18 @@ impl ScriptedGuest {
         news.wait_for(|paused| !paused).await.unwrap();
     }
 
+    /// The first secret that an environment refers to and that was not handed over.
+    fn missing(&self, request: &guest::CreateContainerRequest) -> Option<String> {
+        let known = self.materials.borrow().materials.clone().unwrap_or_default();
+        let variables = &request.environment.as_ref()?.variables;
+        variables.iter().find_map(|variable| match &variable.source {
+            Some(guest::env_var::Source::SecretKey(key)) if !known.secrets.contains_key(&key.name) => {
+                Some(format!("secret {:?} not found", key.name))
+            }
+            _ => None,
+        })
+    }
+
     pub(super) fn created(&self) -> Vec<guest::CreateContainerRequest> {
         self.created.lock().unwrap().clone()
     }
@@ -196,11 +210,36 @@ impl Guest for ScriptedGuest {
         self.goes().await;
         Ok(Response::new(Default::default()))
     }
+    async fn set_materials(
+        &self,
+        request: Request<guest::SetMaterialsRequest>,
+    ) -> Result<Response<guest::SetMaterialsResponse>, Status> {
+        self.goes().await;
+        let request = request.into_inner();
+        let mut version = 0;
+        self.materials.send_modify(|known| {
+            let newer = request.version == 0 || request.version > known.version;
+            if let (true, Some(materials)) = (newer, &request.materials) {
+                known.version = if request.version == 0 {
+                    known.version + 1
+                } else {
+                    request.version
+                };
+                known.materials = Some(materials.clone());
+            }
+            known.volumes.clone_from(&request.volumes);
+            version = known.version;
+        });
+        Ok(Response::new(guest::SetMaterialsResponse { version }))
+    }
     async fn create_container(
         &self,
         request: Request<guest::CreateContainerRequest>,
     ) -> Result<Response<guest::CreateContainerResponse>, Status> {
         let request = request.into_inner();
+        if let Some(config_error) = self.missing(&request) {
+            return Ok(Response::new(guest::CreateContainerResponse { config_error }));
+        }
         self.containers
             .send_modify(|all| drop(all.insert(request.container_id.clone(), Container::default())));
         self.created.lock().unwrap().push(request);

@@ -5,8 +5,10 @@ use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
 use clap::Args;
-use flint_api::host::{ApplyPodRequest, ListPodsRequest, Pod, PodMeta, PodSpec, pod_status::Phase};
-use flint_api::kubernetes::{self, Manifest};
+use flint_api::host::{
+    ApplyPodRequest, ListPodsRequest, Pod, PodMaterials, PodMeta, PodSpec, UpdateMaterialsRequest, pod_status::Phase,
+};
+use flint_api::kubernetes::{self, Documents};
 
 use crate::client::Client;
 use crate::failure::Failure;
@@ -20,6 +22,10 @@ const LONGEST: u64 = 16 << 20;
 ///
 /// Every field is used, or refused by its path: nothing is dropped. A pod of the same namespace and name that still runs is
 /// changed; one that has ended must be removed first.
+///
+/// ConfigMap and Secret documents of the same manifests are given to the pods that refer to them. Applied again with others, they
+/// change in the volumes of pods that run, within seconds; environments stay as they are. The host keeps them in memory only. A pod
+/// whose configMap or secret is not there waits for it, unless it is optional.
 #[derive(Debug, Args)]
 pub struct Apply {
     /// Manifest, YAML or JSON, of one or several documents; - reads standard input. May be repeated.
@@ -32,16 +38,23 @@ pub struct Apply {
 
 impl Apply {
     pub async fn execute(self, client: Client, format: Format) -> Result<u8, Failure> {
-        let mut manifests = Vec::new();
+        let mut all = Documents::default();
         for file in &self.files {
-            manifests.extend(read(file)?);
+            let documents = read(file)?;
+            all.pods.extend(documents.pods);
+            all.objects.extend(documents.objects);
         }
-        let mut applied = Vec::with_capacity(manifests.len());
-        for manifest in manifests {
+        if all.pods.is_empty() {
+            let hint = "apply the pods that use them in the same command: -f may be repeated";
+            return Err(Failure::new("the manifests hold configMaps or secrets, and no pod").hint(hint));
+        }
+        let mut applied = Vec::with_capacity(all.pods.len());
+        for manifest in all.pods {
             for note in &manifest.notes {
                 eprintln!("flint: note: {}: {}", note.path, note.message);
             }
-            applied.push(apply(&client, manifest.meta, manifest.spec).await?);
+            let materials = all.objects.materials_of(&manifest.meta.namespace, &manifest.spec);
+            applied.push(apply_with(&client, manifest.meta, manifest.spec, materials).await?);
         }
         // All have begun before the first one is waited for.
         for mut pod in applied {
@@ -75,14 +88,14 @@ fn print(pod: &Pod, format: Format) -> Result<(), Failure> {
     ))
 }
 
-fn read(file: &Path) -> Result<Vec<Manifest>, Failure> {
+fn read(file: &Path) -> Result<Documents, Failure> {
     let text = if file.as_os_str() == "-" {
         text_of(io::stdin()).map_err(|error| Failure::local("read standard input", error))?
     } else {
         let text = File::open(file).and_then(text_of);
         text.map_err(|error| Failure::local(&format!("read {}", file.display()), error))?
     };
-    kubernetes::pods_from_yaml(&text).map_err(|error| Failure::new(format!("{}: {error}", file.display())))
+    kubernetes::documents_from_yaml(&text).map_err(|error| Failure::new(format!("{}: {error}", file.display())))
 }
 
 /// All of it, unless it is longer than a manifest can be.
@@ -99,14 +112,25 @@ fn text_of(source: impl Read) -> io::Result<String> {
 }
 
 /// Applies a pod under the uid that its name has on this host, or a new one.
-pub async fn apply(client: &Client, mut meta: PodMeta, spec: PodSpec) -> Result<Pod, Failure> {
+pub async fn apply(client: &Client, meta: PodMeta, spec: PodSpec) -> Result<Pod, Failure> {
+    apply_with(client, meta, spec, PodMaterials::default()).await
+}
+
+/// The same, with what it refers to; a pod that is known gets it as an update.
+async fn apply_with(
+    client: &Client,
+    mut meta: PodMeta,
+    spec: PodSpec,
+    materials: PodMaterials,
+) -> Result<Pod, Failure> {
     let pods = client.pods().list_pods(ListPodsRequest {}).await?.into_inner().pods;
     let same_name = |pod: &&Pod| {
         pod.meta
             .as_ref()
             .is_some_and(|known| known.namespace == meta.namespace && known.name == meta.name)
     };
-    match pods.iter().find(same_name) {
+    let known = pods.iter().find(same_name);
+    match known {
         Some(known) if pods::is_over(known) => {
             let name = format!("{}/{}", meta.namespace, meta.name);
             return Err(Failure::new(format!("the pod {name} has ended")).hint(format!("`flint rm {name}` first")));
@@ -124,15 +148,27 @@ pub async fn apply(client: &Client, mut meta: PodMeta, spec: PodSpec) -> Result<
             meta.generation = meta.generation.max(1);
         }
     }
+    let update = known.is_some() && materials != PodMaterials::default();
     let request = ApplyPodRequest {
         meta: Some(meta),
         spec: Some(spec),
         lease_epoch: 0,
-        materials: None,
+        materials: Some(materials.clone()).filter(|_| !update),
         from_snapshot: String::new(),
     };
     let response = client.pods().apply_pod(request).await?.into_inner();
-    response.pod.ok_or_else(|| Failure::new("flintd's answer holds no pod"))
+    let pod = response
+        .pod
+        .ok_or_else(|| Failure::new("flintd's answer holds no pod"))?;
+    if update {
+        let request = UpdateMaterialsRequest {
+            uid: pods::uid(&pod),
+            materials: Some(materials),
+            lease_epoch: 0,
+        };
+        client.pods().update_materials(request).await?;
+    }
+    Ok(pod)
 }
 
 /// A random UUID, from the kernel.

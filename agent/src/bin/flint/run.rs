@@ -167,8 +167,8 @@ impl Run {
             name: CONTAINER.into(),
             image: self.image.clone(),
             image_pull_policy: policy.into(),
-            command: self.entrypoint.iter().cloned().collect(),
-            args: self.command.clone(),
+            command: self.entrypoint.iter().map(|word| verbatim(word)).collect(),
+            args: self.command.iter().map(|word| verbatim(word)).collect(),
             env: self.env.iter().map(|text| env_var(text)).collect(),
             working_dir: self.workdir.clone(),
             tty: self.tty,
@@ -378,8 +378,14 @@ fn env_var(text: &str) -> EnvVar {
     );
     EnvVar {
         name: name.to_owned(),
-        value,
+        value: verbatim(&value),
+        source: None,
     }
+}
+
+/// As the user's shell gave it: a pod's `$$` is a `$`, and nothing of it is a reference.
+fn verbatim(text: &str) -> String {
+    text.replace('$', "$$")
 }
 
 fn quantity(text: &str) -> Result<Quantity, String> {

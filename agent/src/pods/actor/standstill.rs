@@ -46,6 +46,7 @@ impl Actor {
         match command {
             Command::Ask(ask, reply) => self.ask(ask, reply),
             Command::Save(order) => self.save(*order),
+            Command::Materials(materials, reply) => self.update_materials(*materials, reply),
             Command::Update(_) | Command::Terminate(_) => {}
         }
     }

@@ -56,6 +56,7 @@ impl Actor {
 
     pub(super) async fn found(&mut self, sandbox: Arc<dyn Sandbox>, listed: &[guest::ContainerStatus]) {
         self.hold(&sandbox);
+        self.refresh_volumes();
         self.seen(&sandbox, listed).await;
     }
 
