@@ -106,7 +106,7 @@ pub(super) fn volumes<'a>(spec: &'a host::PodSpec, report: &mut Report) -> HashS
             ),
             Some(Source::EmptyDir(_)) => {}
             Some(Source::Projected(projected)) => {
-                self::projected(projected, spec, &format!("{path}.projected"), report)
+                self::projected(projected, spec, &format!("{path}.projected"), report);
             }
             None => report.unsupported(
                 format!("{path}.source"),
