@@ -133,7 +133,10 @@ fn a_guest_waits_for_what_is_damaged_beneath_it_also_over_the_end_of_flintd() {
     follower.wait().unwrap();
     assert!(host.daemon_log().contains("a damaged chunk is replaced"));
     // Whoever comes later reads the same.
-    assert_eq!(host.ok(["run", "--rm", &line.python(), "--", "sh", "-c", SUM]), expected);
+    assert_eq!(
+        host.ok(["run", "--rm", &line.python(), "--", "sh", "-c", SUM]),
+        expected
+    );
 }
 
 #[test]

@@ -122,6 +122,10 @@ fn resources_are_counted_in_their_divisor_and_default_to_the_machine() {
     }
 }
 
+fn only_user(downward: &super::Downward<'_>) -> Option<u32> {
+    downward.only_user()
+}
+
 #[test]
 fn tokens_are_for_the_one_user_that_all_containers_have() {
     let mut spec = spec();
@@ -131,15 +135,11 @@ fn tokens_are_for_the_one_user_that_all_containers_have() {
             ..Default::default()
         })
     };
-    assert_eq!(with(&spec, |downward| downward.only_user()), None);
+    assert_eq!(with(&spec, only_user), None);
     spec.containers[0].security_context = of_user(7);
-    assert_eq!(
-        with(&spec, |downward| downward.only_user()),
-        None,
-        "the other one's is the image's"
-    );
+    assert_eq!(with(&spec, only_user), None, "the other one's is the image's");
     spec.containers[1].security_context = of_user(8);
-    assert_eq!(with(&spec, |downward| downward.only_user()), None);
+    assert_eq!(with(&spec, only_user), None);
     spec.containers[1].security_context = of_user(7);
-    assert_eq!(with(&spec, |downward| downward.only_user()), Some(7));
+    assert_eq!(with(&spec, only_user), Some(7));
 }
