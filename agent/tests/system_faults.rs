@@ -260,7 +260,8 @@ fn a_first_process_that_a_signal_ends_is_told_with_the_signal() {
     let done = host.flint(["run", "--name", "faults", &python, "--", "python3", "-c", fault]);
     host.start_pod(
         "shared",
-        "kill -TERM $$; sleep 1000",
+        // In a manifest, `$$` is a `$`.
+        "kill -TERM $$$$; sleep 1000",
         &format!("  shareProcessNamespace: true\n{NEVER}"),
     );
 

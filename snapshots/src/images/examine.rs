@@ -6,7 +6,7 @@ use super::demand::DemandError;
 use super::{ImageError, ImageStore, blocking};
 use crate::chunk::ChunkId;
 use crate::registry::Digest;
-use crate::store::{Examined, Usage};
+use crate::store::{Examined, StoreError, Usage};
 
 /// What images and snapshots take.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -50,6 +50,14 @@ pub enum MendError {
     Demand(#[from] DemandError),
 }
 
+/// What is wrong, without the chunk's name and what to do, which are said elsewhere.
+fn reason(error: StoreError) -> String {
+    match error {
+        StoreError::Damaged { reason, .. } => reason,
+        error => super::error::chain(&error),
+    }
+}
+
 /// Chunks between two words of progress.
 const OFTEN: u64 = 256;
 
@@ -84,7 +92,7 @@ impl ImageStore {
                     Some((id, error)) => match inner.catalog.images_with(id) {
                         Ok(images) => Finding::Damaged(DamagedChunk {
                             id,
-                            reason: super::error::chain(&error),
+                            reason: reason(error),
                             images,
                         }),
                         Err(error) => {
